@@ -1,0 +1,1 @@
+"""tinyserve: small image classifiers, served from one self-describing ONNX file."""

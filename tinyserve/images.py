@@ -1,0 +1,137 @@
+"""Any image file to the pixels that a model sees.
+
+The one decode path: training, the export gate and serving all read images through here.
+
+An image is a uint8 array ``(height, width, 3)``, RGB, 0 to 255, C-contiguous. The resize rule,
+which is also written into every model file, is :data:`RESIZE_RULE`.
+"""
+
+import io
+import os
+import warnings
+from pathlib import Path
+
+import numpy as np
+import simplejpeg
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+
+from tinyserve.errors import ImageError
+
+RESIZE_RULE = (
+    "decode to RGB, apply EXIF orientation, shorter side to size (bilinear, antialiased), centre crop"
+)
+
+FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF")
+SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff"})
+
+MAX_PIXELS = 89_478_485
+"""Larger images are refused before they are decoded: a quarter of a gibibyte as RGB, Pillow's own
+default limit for what may be a decompression bomb."""
+
+# Pillow only warns between its limit and twice that; its documentation advises this filter to make
+# the limit strict. A filter is process-wide, but so is the risk.
+warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
+
+_JPEG_MAGIC = b"\xff\xd8\xff"
+_EXIF_MAGIC = b"Exif\x00\x00"
+_EXIF_WITHIN = 65_536
+
+_SIXTEEN_BIT_MODES = frozenset({"I;16", "I;16B", "I;16L", "I;16N", "I"})
+
+
+def load(source: str | os.PathLike[str] | bytes, *, size: int) -> NDArray[np.uint8]:
+    """The pixels a model of this input size sees: uint8 ``(size, size, 3)``, RGB.
+
+    ``source`` is a path or the bytes of an image file. Raises :class:`ImageError` for anything that
+    is no complete image of a supported format.
+    """
+    data = source if isinstance(source, bytes) else read(source)
+    return resize(decode(data), size)
+
+
+def read(path: str | os.PathLike[str]) -> bytes:
+    """The bytes of a file; :class:`ImageError` where it cannot be read."""
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise ImageError(f"cannot read: {error.strerror or error}") from error
+
+
+def decode(data: bytes) -> NDArray[np.uint8]:
+    """The pixels of an image file, upright: uint8 ``(height, width, 3)``, RGB.
+
+    JPEG, PNG, GIF (first frame), WebP, BMP and TIFF. Greys are repeated over the three channels,
+    16-bit values keep their high byte, CMYK is converted, and transparency is laid over white.
+
+    Raises :class:`ImageError` for empty, truncated or damaged data, other formats, and images of
+    more than :data:`MAX_PIXELS` pixels.
+    """
+    if not data:
+        raise ImageError("empty file (0 bytes)")
+    # simplejpeg decodes the same pixels several times faster, but knows neither EXIF nor CMYK and
+    # refuses some harmless oddities; everything it does not take goes to Pillow, which has the
+    # last word on what is damaged.
+    if data.startswith(_JPEG_MAGIC) and _EXIF_MAGIC not in data[:_EXIF_WITHIN]:
+        try:
+            height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
+            if colorspace in ("YCbCr", "Gray", "RGB"):
+                _check_pixels(height, width)
+                pixels: NDArray[np.uint8] = simplejpeg.decode_jpeg(data, "RGB")
+                return pixels
+        except ValueError:
+            pass
+    return _decode_with_pillow(data)
+
+
+def resize(image: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
+    """Shorter side to ``size`` with antialiasing, then the centre: uint8 ``(size, size, 3)``.
+
+    An image that is ``size`` x ``size`` already comes back untouched.
+    """
+    height, width = image.shape[:2]
+    if height == width == size:
+        return image
+    # The centre square, resampled in one step: what lies outside it is never computed.
+    side = min(height, width)
+    left, top = (width - side) / 2, (height - side) / 2
+    square = Image.fromarray(image).resize(
+        (size, size), Image.Resampling.BILINEAR, box=(left, top, left + side, top + side)
+    )
+    return np.array(square)
+
+
+def _decode_with_pillow(data: bytes) -> NDArray[np.uint8]:
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            _check_pixels(image.height, image.width)
+            upright = ImageOps.exif_transpose(image)
+            upright.load()
+            return np.array(_to_rgb(upright))
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise ImageError(f"too large: more than {MAX_PIXELS:,} pixels") from error
+    except Image.UnidentifiedImageError as error:
+        raise ImageError("not an image, or a format that is not supported") from error
+    except ImageError:
+        raise
+    except Exception as error:  # Pillow's decoders raise almost anything on damaged data
+        reason = str(error).strip().splitlines()
+        raise ImageError(f"damaged image: {reason[0] if reason else type(error).__name__}") from error
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode in _SIXTEEN_BIT_MODES:
+        values = np.clip(np.asarray(image, dtype=np.int64), 0, 65_535)
+        return Image.fromarray((values >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode == "F":
+        raise ImageError("floating-point pixels are not supported")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, image).convert("RGB")
+    return image.convert("RGB")
+
+
+def _check_pixels(height: int, width: int) -> None:
+    if height * width > MAX_PIXELS:
+        raise ImageError(f"too large: {width} x {height}, more than {MAX_PIXELS:,} pixels")

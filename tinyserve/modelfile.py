@@ -1,0 +1,102 @@
+"""What is written inside a model file, and where model files are found.
+
+A model file is one ``.onnx`` file that says everything about itself in one JSON document, kept
+under :data:`METADATA_KEY` in the ONNX metadata. Its graph has one input, ``images``: uint8
+``[batch, size, size, 3]``, RGB, and one output, ``probabilities``: float32 ``[batch, classes]``.
+"""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from tinyserve.errors import ModelFileError
+from tinyserve.images import RESIZE_RULE
+
+FORMAT = 1
+METADATA_KEY = "tinyserve"
+INPUT_NAME = "images"
+OUTPUT_NAME = "probabilities"
+
+
+@dataclass(frozen=True, slots=True)
+class Label:
+    """One class. ``wnid`` is its WordNet id (``n01443537``), None for classes that have none."""
+
+    wnid: str | None
+    name: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Training:
+    """How the weights came about. Accuracies are fractions of ``val_images``, single centre view,
+    as the trainer measured them."""
+
+    dataset: str
+    dataset_fingerprint: str
+    train_images: int
+    recipe: str
+    epochs: int
+    seed: int
+    precision: str
+    commit: str | None
+    val_images: int
+    val_top1: float
+    val_top5: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parity:
+    """Proof that the file computes what the trained network computes, on validation images.
+
+    ``max_difference`` is the largest absolute difference of any probability.
+    """
+
+    images: int
+    batch_sizes: tuple[int, ...]
+    provider: str
+    top1_agreement: float
+    max_difference: float
+    torch: str
+    onnxruntime: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelCard:
+    """All that a model file says of itself.
+
+    ``image_size`` is the side in pixels of the images that the graph takes, ``crop`` the side of
+    the centre that the network looks at; ``labels`` are in the order of the output.
+    """
+
+    architecture: str
+    precision: str
+    labels: tuple[Label, ...]
+    image_size: int
+    crop: int
+    parameters: int
+    training: Training | None
+    parity: Parity | None
+    resize_rule: str = RESIZE_RULE
+    format: int = FORMAT
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), ensure_ascii=False)
+
+    @classmethod
+    def from_json(cls, document: str) -> "ModelCard":
+        """The card in a metadata document; :class:`ModelFileError` where that is not one."""
+        try:
+            fields: dict[str, Any] = json.loads(document)
+            number = fields["format"]
+            if number != FORMAT:
+                raise ModelFileError(f"model format {number}, this version reads format {FORMAT}")
+            fields["labels"] = tuple(Label(**label) for label in fields["labels"])
+            if fields["training"] is not None:
+                fields["training"] = Training(**fields["training"])
+            if fields["parity"] is not None:
+                fields["parity"]["batch_sizes"] = tuple(fields["parity"]["batch_sizes"])
+                fields["parity"] = Parity(**fields["parity"])
+            return cls(**fields)
+        except (ValueError, KeyError, TypeError) as error:
+            raise ModelFileError(f"damaged metadata ({error})") from error

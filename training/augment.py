@@ -1,0 +1,127 @@
+"""Augmentation and evaluation views, a batch at a time on the device that holds the images.
+
+Shape letters: N images of a batch, H, W their stored height and width, S the side of the square
+that the network sees. Stored images are uint8 ``[N, H, W, 3]``, RGB; what comes out is float32
+``[N, 3, S, S]``, normalised, in channels_last memory order.
+
+Every crop, flip and resize is one linear map a side: a matrix of interpolation weights, ``[N, S, H]``
+for the rows and ``[N, S, W]`` for the columns. Random crops, random resized crops, ten-crop views
+and smaller training sizes are then all the same two batched matrix products.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+TEN_CROPS = tuple(
+    (row, column, flip) for flip in (False, True) for row, column in ((0, 0), (0, 1), (1, 0), (1, 1))
+) + ((0.5, 0.5, False), (0.5, 0.5, True))
+"""Views of the ten-crop evaluation: vertical and horizontal place of the crop, as fractions of the
+free space, and whether it is mirrored."""
+
+
+@dataclass(frozen=True, slots=True)
+class Boxes:
+    """One square or oblong region of each image, in pixels of the stored image, each ``[N]``."""
+
+    top: Tensor
+    left: Tensor
+    height: Tensor
+    width: Tensor
+    flip: Tensor
+    """bool: mirror left and right."""
+
+
+def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """``(images - mean) / std`` as float32 ``[N, H, W, 3]``; both in units of 0..255.
+
+    ``mean`` is a mean image ``[H, W, 3]`` or a mean colour ``[3]``, ``std`` is ``[3]``.
+    """
+    return (images.float() - mean) / std
+
+
+def random_crops(count: int, height: int, width: int, size: int, device: torch.device) -> Boxes:
+    """Regions of ``size`` x ``size`` at uniformly random whole-pixel places, half of them mirrored."""
+    side = torch.full((count,), float(size), device=device)
+    return Boxes(
+        top=torch.randint(0, height - size + 1, (count,), device=device).float(),
+        left=torch.randint(0, width - size + 1, (count,), device=device).float(),
+        height=side,
+        width=side,
+        flip=torch.rand(count, device=device) < 0.5,
+    )
+
+
+def random_resized_crops(
+    count: int, height: int, width: int, area: tuple[float, float], device: torch.device
+) -> Boxes:
+    """Regions that cover a random share of the image's area, half of them mirrored.
+
+    The share is uniform in ``area`` (fractions of 1), the aspect ratio log-uniform between 3:4 and
+    4:3 (GoogLeNet's crop, arXiv:1409.4842); a side that would not fit is cut to the image.
+    """
+    share = torch.empty(count, device=device).uniform_(*area) * (height * width)
+    ratio = torch.empty(count, device=device).uniform_(-1, 1).mul(torch.log(torch.tensor(4 / 3))).exp()
+    box_width = (share * ratio).sqrt().clamp(max=width)
+    box_height = (share / ratio).sqrt().clamp(max=height)
+    return Boxes(
+        top=torch.rand(count, device=device) * (height - box_height),
+        left=torch.rand(count, device=device) * (width - box_width),
+        height=box_height,
+        width=box_width,
+        flip=torch.rand(count, device=device) < 0.5,
+    )
+
+
+def placed_crops(
+    count: int,
+    height: int,
+    width: int,
+    size: int,
+    device: torch.device,
+    *,
+    row: float = 0.5,
+    column: float = 0.5,
+    flip: bool = False,
+) -> Boxes:
+    """The same region of ``size`` x ``size`` for every image; by default the centre."""
+    side = torch.full((count,), float(size), device=device)
+    return Boxes(
+        top=torch.full_like(side, (height - size) * row).round(),
+        left=torch.full_like(side, (width - size) * column).round(),
+        height=side,
+        width=side,
+        flip=torch.full((count,), flip, device=device),
+    )
+
+
+def extract(images: Tensor, boxes: Boxes, size: int) -> Tensor:
+    """The regions of normalised images ``[N, H, W, 3]``, resampled to ``[N, 3, size, size]``.
+
+    Bilinear; where a region shrinks, with the antialiasing that Pillow does, so that what the
+    network sees in training looks like what it is served.
+    """
+    count, height, width, channels = images.shape
+    rows = _interpolation(boxes.top, boxes.height, height, size)
+    columns = _interpolation(boxes.left, boxes.width, width, size)
+    columns = torch.where(boxes.flip[:, None, None], columns.flip(1), columns)
+    shrunk = torch.bmm(rows, images.reshape(count, height, width * channels))
+    # [N, size * W, 3] cannot be multiplied from the left by [size, W]; one product per row can.
+    shrunk = shrunk.reshape(count, size, width, channels)
+    pixels = torch.matmul(columns[:, None], shrunk)  # [N, 1, S, W] @ [N, S, W, 3]
+    return pixels.permute(0, 3, 1, 2)
+
+
+def _interpolation(start: Tensor, length: Tensor, full: int, size: int) -> Tensor:
+    """Weights ``[N, size, full]`` that resample ``full`` pixels' range start..start+length to size.
+
+    A triangle filter as wide as the step between two output pixels, at least one pixel; rows sum
+    to 1. Whole-pixel crops without scaling give rows of a single 1.
+    """
+    step = (length / size)[:, None, None]
+    outputs = torch.arange(size, device=start.device, dtype=torch.float32)[None, :, None]
+    centres = start[:, None, None] + (outputs + 0.5) * step - 0.5
+    inputs = torch.arange(full, device=start.device, dtype=torch.float32)[None, None, :]
+    weights = (1 - (inputs - centres).abs() / step.clamp(min=1)).clamp(min=0)
+    return weights / weights.sum(dim=2, keepdim=True)

@@ -1,0 +1,265 @@
+"""A data set as one uint8 array a split, decoded once.
+
+Two layouts are read: Tiny ImageNet as it was published, and any tree of class folders,
+``train/<class>/**`` and ``val/<class>/**``. Classes are the folders below ``train``, sorted.
+
+The decoded arrays are kept beside the data (``.tinyserve-cache/``), or in the user's cache folder
+where that is not writable, and memory-mapped on every later start.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+import urllib.error
+import urllib.request
+import zipfile
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from tinyserve import images
+from tinyserve.dataset import ANNOTATIONS, read_annotations, walk_images
+from tinyserve.errors import DataError, ImageError
+from tinyserve.modelfile import Label
+
+DEFAULT_ROOT = Path("data/tiny-imagenet-200")
+URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
+ZIP_BYTES = 248_100_043
+ZIP_MD5 = "90528d7ca1a48142e341f4ef8d21d0de"
+
+_CACHE_FOLDER = ".tinyserve-cache"
+_CHUNK = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """Images and what they show.
+
+    ``images``: uint8 ``(n, size, size, 3)``, RGB. ``labels``: int64 ``(n,)``, indices into
+    :attr:`Dataset.classes`.
+    """
+
+    images: NDArray[np.uint8]
+    labels: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+@dataclass(frozen=True, slots=True)
+class Dataset:
+    name: str
+    classes: tuple[Label, ...]
+    train: Split
+    val: Split
+    fingerprint: str
+    """SHA-256 over every file's relative path and size: the same for every copy of the data."""
+
+
+def load(root: Path, *, image_size: int = 64, skip_bad: bool = False) -> Dataset:
+    """The data set below ``root``, every image resized to ``image_size`` x ``image_size``.
+
+    ``skip_bad`` leaves damaged images out instead of stopping. Raises :class:`DataError` where the
+    layout is not understood, a split has no images, or an image is damaged.
+    """
+    if not root.is_dir():
+        raise DataError(f"no such folder: {root}")
+    for split in ("train", "val"):
+        if not (root / split).is_dir():
+            raise DataError(f"{root} has no folder {split}/: wanted train/<class>/* and val/<class>/*")
+    names = sorted(entry.name for entry in (root / "train").iterdir() if entry.is_dir())
+    if not names:
+        raise DataError(f"{root / 'train'} has no class folders")
+    index = {name: position for position, name in enumerate(names)}
+    train_files = [
+        (path, index[name]) for name in names for path in walk_images(root / "train" / name)
+    ]
+    val_files = _val_files(root / "val", index)
+    for split, files in (("train", train_files), ("val", val_files)):
+        if not files:
+            raise DataError(f"no images in {root / split}")
+    return Dataset(
+        name=root.resolve().name,
+        classes=_labels(root, names),
+        train=_decode_split(root, "train", train_files, image_size, skip_bad=skip_bad),
+        val=_decode_split(root, "val", val_files, image_size, skip_bad=skip_bad),
+        fingerprint=_fingerprint(root, train_files + val_files, with_time=False),
+    )
+
+
+def locate(root: Path | None) -> Path:
+    """The folder to read: the one given, or Tiny ImageNet's, downloaded if it is not there yet."""
+    if root is not None:
+        return root
+    if not DEFAULT_ROOT.is_dir():
+        download(DEFAULT_ROOT)
+    return DEFAULT_ROOT
+
+
+def download(
+    root: Path, *, url: str = URL, md5: str = ZIP_MD5, size: int = ZIP_BYTES, timeout: float = 10
+) -> None:
+    """Fetch a zip that holds one folder of the name of ``root`` and unpack it there.
+
+    Goes on where an earlier download stopped, checks size and MD5 before it unpacks, and makes
+    ``root`` appear complete or not at all. ``timeout`` in seconds. Raises :class:`DataError`.
+    """
+    archive = root.with_name(root.name + ".zip.part")
+    archive.parent.mkdir(parents=True, exist_ok=True)
+    _fetch(url, archive, size, timeout, wanted=root)
+    digest = hashlib.md5(usedforsecurity=False)
+    with archive.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    if archive.stat().st_size != size or digest.hexdigest() != md5:
+        archive.unlink()
+        raise DataError(f"{url} is not the file expected (MD5 {digest.hexdigest()}); removed, try again")
+    unpacked = root.with_name(root.name + ".unpacking")
+    shutil.rmtree(unpacked, ignore_errors=True)
+    with zipfile.ZipFile(archive) as bundle:
+        for member in tqdm(bundle.infolist(), desc="unpack", unit="file", disable=None):
+            bundle.extract(member, unpacked)
+    os.replace(unpacked / root.name, root)
+    shutil.rmtree(unpacked)
+    archive.unlink()
+
+
+def _fetch(url: str, archive: Path, size: int, timeout: float, *, wanted: Path) -> None:
+    have = archive.stat().st_size if archive.exists() else 0
+    if have >= size:
+        return
+    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+    try:
+        with urllib.request.urlopen(request, timeout=timeout) as response:
+            if have and response.status != 206:  # the server starts over, so must we
+                have = 0
+            bar = tqdm(
+                total=size, initial=have, desc="download", unit="B", unit_scale=True, disable=None
+            )
+            with archive.open("ab" if have else "wb") as file, bar:
+                while chunk := response.read(_CHUNK):
+                    file.write(chunk)
+                    bar.update(len(chunk))
+    except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
+        raise DataError(
+            f"cannot download {url} ({getattr(error, 'reason', error)}); "
+            f"unpack tiny-imagenet-200.zip into {wanted}, or name another folder with --data"
+        ) from error
+
+
+def _val_files(folder: Path, index: dict[str, int]) -> list[tuple[str, int]]:
+    annotations = folder / ANNOTATIONS
+    if annotations.exists():
+        labels = read_annotations(annotations)
+        named = [(path, labels.get(os.path.basename(path), "")) for path in walk_images(folder)]
+    else:
+        named = [
+            (path, entry.name)
+            for entry in sorted(folder.iterdir())
+            if entry.is_dir()
+            for path in walk_images(entry)
+        ]
+    unknown = sorted({label for _, label in named} - index.keys())
+    if unknown:
+        raise DataError(f"{folder}: not a class of train/: {', '.join(map(repr, unknown[:5]))}")
+    return [(path, index[label]) for path, label in named]
+
+
+def _labels(root: Path, names: list[str]) -> tuple[Label, ...]:
+    """Labels of the class folders: with words.txt, folders are WordNet ids and get their words."""
+    words = root / "words.txt"
+    if not words.exists():
+        return tuple(Label(wnid=None, name=name) for name in names)
+    first_word = {}
+    for line in words.read_text(encoding="utf-8").splitlines():
+        wnid, _, synonyms = line.partition("\t")
+        first_word[wnid] = synonyms.partition(",")[0].strip()
+    return tuple(Label(wnid=name, name=first_word.get(name) or name) for name in names)
+
+
+def _decode_split(
+    root: Path, split: str, files: list[tuple[str, int]], size: int, *, skip_bad: bool
+) -> Split:
+    key = _fingerprint(root, files, with_time=True)[:16]
+    folder = _writable_cache(root)
+    array_path = folder / f"{split}-{size}px-{key}.npy"
+    bad_path = array_path.with_suffix(".bad.json")
+    if not array_path.exists():
+        bad = _decode_into(array_path, [path for path, _ in files], size, desc=f"decode {split}")
+        bad_path.write_text(json.dumps(bad))
+        # The array's own name appears last: where it exists, both files are complete.
+        os.replace(_partial(array_path), array_path)
+    pixels: NDArray[np.uint8] = np.load(array_path, mmap_mode="c")  # torch wants it writable
+    labels = np.array([label for _, label in files], dtype=np.int64)
+    bad = {int(position): reason for position, reason in json.loads(bad_path.read_text()).items()}
+    if not bad:
+        return Split(pixels, labels)
+    if not skip_bad:
+        listed = "; ".join(f"{files[i][0]}: {reason}" for i, reason in list(bad.items())[:5])
+        raise DataError(
+            f"{len(bad)} of {len(files)} {split} images cannot be read ({listed}); "
+            "--skip-bad goes on without them"
+        )
+    for position, reason in bad.items():
+        tqdm.write(f"skipped {files[position][0]}: {reason}", file=sys.stderr)
+    tqdm.write(f"skipped {len(bad)} of {len(files)} {split} images", file=sys.stderr)
+    good = np.setdiff1d(np.arange(len(files)), list(bad))
+    return Split(pixels[good], labels[good])
+
+
+def _decode_into(array_path: Path, paths: list[str], size: int, *, desc: str) -> dict[int, str]:
+    """Decode all images into a new .npy file; returns position and reason of the damaged ones."""
+    array = np.lib.format.open_memmap(
+        _partial(array_path), mode="w+", dtype=np.uint8, shape=(len(paths), size, size, 3)
+    )
+    bad = {}
+
+    def decode(position: int) -> str | None:
+        try:
+            array[position] = images.load(paths[position], size=size)
+        except ImageError as error:
+            return str(error)
+        return None
+
+    with ThreadPoolExecutor() as pool:
+        reasons = pool.map(decode, range(len(paths)))
+        bar = tqdm(reasons, total=len(paths), desc=desc, unit="image", disable=None)
+        for position, reason in enumerate(bar):
+            if reason is not None:
+                bad[position] = reason
+    array.flush()
+    return bad
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(f"{path.name}.{os.getpid()}.partial")
+
+
+def _writable_cache(root: Path) -> Path:
+    beside = root / _CACHE_FOLDER
+    try:
+        beside.mkdir(exist_ok=True)
+    except OSError:
+        pass
+    if os.access(beside, os.W_OK):
+        return beside
+    user_cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tinyserve"
+    user_cache.mkdir(parents=True, exist_ok=True)
+    return user_cache
+
+
+def _fingerprint(root: Path, files: Iterable[tuple[str, int]], *, with_time: bool) -> str:
+    digest = hashlib.sha256()
+    for path, label in files:
+        status = os.stat(path)
+        time = status.st_mtime_ns if with_time else 0
+        line = f"{os.path.relpath(path, root)}\t{label}\t{status.st_size}\t{time}\n"
+        digest.update(line.encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()

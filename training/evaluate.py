@@ -1,0 +1,134 @@
+"""Accuracy on a split, and the network as it is served."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from training import augment
+
+
+class ServedNetwork(nn.Module):
+    """The whole graph of a model file: pixels to probabilities.
+
+    Maps uint8 ``[N, H, W, 3]``, RGB, to float32 ``[N, classes]``, rows summing to 1: centre crop of
+    ``crop`` pixels, normalisation, channels first, the network, softmax.
+    """
+
+    mean: Tensor
+    scale: Tensor
+
+    def __init__(
+        self, network: nn.Module, mean: Tensor, std: Tensor, *, image_size: int, crop: int
+    ) -> None:
+        super().__init__()
+        self.network = network
+        self.crop = crop
+        self.offset = round((image_size - crop) / 2)
+        if mean.dim() == 3:
+            mean = self._centre(mean[None])
+        self.register_buffer("mean", mean)
+        self.register_buffer("scale", 1 / std)
+
+    def _centre(self, images: Tensor) -> Tensor:
+        end = self.offset + self.crop
+        return images[:, self.offset : end, self.offset : end]
+
+    def forward(self, images: Tensor) -> Tensor:
+        pixels = (self._centre(images).float() - self.mean) * self.scale
+        logits = self.network(pixels.permute(0, 3, 1, 2))
+        return logits.float().softmax(dim=1)
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """Counts over a split; ``loss`` is the mean cross-entropy in nats."""
+
+    images: int
+    correct_top1: int
+    correct_top5: int
+    loss: float
+
+    @property
+    def top1(self) -> float:
+        return self.correct_top1 / self.images
+
+    @property
+    def top5(self) -> float:
+        return self.correct_top5 / self.images
+
+
+class _Counter:
+    """Adds up on the device, so that evaluation waits for the device once, at the end."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.sums = torch.zeros(3, dtype=torch.float64, device=device)
+        self.images = 0
+
+    def add(self, log_probabilities: Tensor, labels: Tensor) -> None:
+        # torch.topk breaks ties arbitrarily; top-1 is argmax, the first of equals, as in serving.
+        top1 = log_probabilities.argmax(dim=1) == labels
+        k = min(5, log_probabilities.shape[1])
+        top5 = (log_probabilities.topk(k, dim=1).indices == labels[:, None]).any(dim=1)
+        loss = -log_probabilities.gather(1, labels[:, None]).sum()
+        self.sums += torch.stack([top1.sum().double(), top5.sum().double(), loss.double()])
+        self.images += len(labels)
+
+    def score(self) -> Score:
+        top1, top5, loss = self.sums.tolist()
+        return Score(self.images, round(top1), round(top5), loss / self.images)
+
+
+def served_accuracy(served: ServedNetwork, images: Tensor, labels: Tensor, *, batch: int) -> Score:
+    """Accuracy of the served graph, one centre view, in the graph's own precision."""
+    counter = _Counter(images.device)
+    served.eval()
+    with torch.inference_mode():
+        for indices in _batches(len(labels), batch):
+            probabilities = served(images[indices])
+            counter.add(probabilities.clamp(min=1e-30).log(), labels[indices])
+    return counter.score()
+
+
+def view_accuracy(
+    network: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    mean: Tensor,
+    std: Tensor,
+    crop: int,
+    size: int,
+    views: tuple[tuple[float, float, bool], ...],
+    precision: torch.dtype,
+    batch: int,
+) -> Score:
+    """Accuracy with the probabilities of several views averaged, under autocast.
+
+    Each view is (row, column, flip) of a ``crop`` x ``crop`` region, see
+    :data:`training.augment.TEN_CROPS`, resampled to ``size`` x ``size``.
+    """
+    device = images.device
+    counter = _Counter(device)
+    network.eval()
+    with torch.inference_mode(), torch.autocast(
+        device.type, dtype=precision, enabled=precision != torch.float32
+    ):
+        for indices in _batches(len(labels), batch):
+            pixels = augment.normalise(images[indices], mean, std)
+            count, height, width, _ = pixels.shape
+            mean_probabilities = torch.zeros((), device=device)
+            for row, column, flip in views:
+                boxes = augment.placed_crops(
+                    count, height, width, crop, device, row=row, column=column, flip=flip
+                )
+                logits = network(augment.extract(pixels, boxes, size))
+                mean_probabilities = mean_probabilities + logits.float().softmax(dim=1) / len(views)
+            counter.add(mean_probabilities.clamp(min=1e-30).log(), labels[indices])
+    return counter.score()
+
+
+def _batches(count: int, batch: int) -> Iterator[slice]:
+    for start in range(0, count, batch):
+        yield slice(start, start + batch)
