@@ -106,11 +106,12 @@ def extract(images: Tensor, boxes: Boxes, size: int) -> Tensor:
     rows = _interpolation(boxes.top, boxes.height, height, size)
     columns = _interpolation(boxes.left, boxes.width, width, size)
     columns = torch.where(boxes.flip[:, None, None], columns.flip(1), columns)
-    shrunk = torch.bmm(rows, images.reshape(count, height, width * channels))
-    # [N, size * W, 3] cannot be multiplied from the left by [size, W]; one product per row can.
-    shrunk = shrunk.reshape(count, size, width, channels)
-    pixels = torch.matmul(columns[:, None], shrunk)  # [N, 1, S, W] @ [N, S, W, 3]
-    return pixels.permute(0, 3, 1, 2)
+    # Plane by plane, so that both products are of large matrices; three channels innermost, as the
+    # images are stored, would make them as thin as three columns.
+    planes = images.permute(0, 3, 1, 2).reshape(count, channels * height, width)
+    planes = torch.bmm(planes, columns.transpose(1, 2)).reshape(count, channels, height, size)
+    pixels = torch.matmul(rows[:, None], planes)  # [N, 1, S, H] @ [N, 3, H, S]
+    return pixels.contiguous(memory_format=torch.channels_last)
 
 
 def _interpolation(start: Tensor, length: Tensor, full: int, size: int) -> Tensor:
