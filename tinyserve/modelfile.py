@@ -7,7 +7,9 @@ under :data:`METADATA_KEY` in the ONNX metadata. Its graph has one input, ``imag
 
 import dataclasses
 import json
+import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from tinyserve.errors import ModelFileError
@@ -17,6 +19,7 @@ FORMAT = 1
 METADATA_KEY = "tinyserve"
 INPUT_NAME = "images"
 OUTPUT_NAME = "probabilities"
+DEFAULT_MODEL = "resnet20"
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,3 +103,33 @@ class ModelCard:
             return cls(**fields)
         except (ValueError, KeyError, TypeError) as error:
             raise ModelFileError(f"damaged metadata ({error})") from error
+
+
+def search_folders() -> list[Path]:
+    """Where model files are looked for: ``$TINYSERVE_MODELS`` (folders, separated as in ``$PATH``),
+    or ``exported/`` here, in the checkout that this package runs from, and inside the package."""
+    if wanted := os.environ.get("TINYSERVE_MODELS"):
+        return [Path(folder) for folder in wanted.split(os.pathsep) if folder]
+    package = Path(__file__).resolve().parent
+    return [Path("exported"), package.parent / "exported", package / "exported"]
+
+
+def installed_models() -> dict[str, Path]:
+    """Name to file of every model found, the first of each name; names are file names less
+    ``.onnx``."""
+    models: dict[str, Path] = {}
+    for folder in search_folders():
+        for path in sorted(folder.glob("*.onnx")):
+            models.setdefault(path.stem, path)
+    return models
+
+
+def find_model(name: str) -> Path:
+    """The file of a model, given its name or its path; raises :class:`ModelFileError`."""
+    if name.endswith(".onnx") or os.sep in name:
+        return Path(name)
+    models = installed_models()
+    if name not in models:
+        known = ", ".join(models) or f"none; looked in {', '.join(map(str, search_folders()))}"
+        raise ModelFileError(f"unknown model {name!r} (known: {known})")
+    return models[name]

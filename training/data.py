@@ -59,6 +59,7 @@ class Dataset:
     classes: tuple[Label, ...]
     train: Split
     val: Split
+    root: Path
     fingerprint: str
     """SHA-256 over every file's relative path and size: the same for every copy of the data."""
 
@@ -86,7 +87,8 @@ def load(root: Path, *, image_size: int = 64, skip_bad: bool = False) -> Dataset
         if not files:
             raise DataError(f"no images in {root / split}")
     return Dataset(
-        name=root.resolve().name,
+        name=root.absolute().name,
+        root=root,
         classes=_labels(root, names),
         train=_decode_split(root, "train", train_files, image_size, skip_bad=skip_bad),
         val=_decode_split(root, "val", val_files, image_size, skip_bad=skip_bad),

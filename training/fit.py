@@ -486,7 +486,7 @@ def _open_run(
         "cpus": os.cpu_count(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
-    document = {**identity, "environment": environment}
+    document = {**identity, "data": str(dataset.root.resolve()), "environment": environment}
     (out / "config.json").write_text(json.dumps(document, indent=2) + "\n")
     return None
 
