@@ -83,7 +83,9 @@ class Classifier:
         """
         for batch in self._decoded_batches(inputs, batch_size):
             good = [image for _, image in batch if not isinstance(image, ImageError)]
-            rows = iter(self.engine.run(np.stack(good)) if good else ())
+            rows: Iterator[NDArray[np.float32]] = iter(
+                self.engine.run(np.stack(good)) if good else ()
+            )
             for item, image in batch:
                 index = self._label_index(item.label)
                 label = None if index is None else self.card.labels[index]

@@ -70,7 +70,9 @@ def classify(arguments: argparse.Namespace) -> int:
     start = time.perf_counter()
     with _open_output(arguments.output) as stream:
         write = _writer(format_, stream, inputs, arguments.topk)
-        results = classifier.classify_many(inputs, k=arguments.topk, batch_size=arguments.batch_size)
+        results = classifier.classify_many(
+            inputs, k=arguments.topk, batch_size=arguments.batch_size
+        )
         # On a terminal the rows themselves show the progress; a bar would run through them.
         quiet = True if stream.isatty() else None
         for result in tqdm(results, total=len(inputs), unit="image", disable=quiet, leave=False):
@@ -98,52 +100,48 @@ def models(arguments: argparse.Namespace) -> int:
     found = installed_models()
     if not found:
         raise ModelFileError(f"no models in {', '.join(map(str, search_folders()))}")
-    rows = []
-    failed = False
+    cards: dict[str, ModelCard] = {}
     for name, path in found.items():
         try:
-            card = read_card(path)
+            cards[name] = read_card(path)
         except ModelFileError as error:
             print(f"tinyserve: {error}", file=sys.stderr)
-            failed = True
-            continue
-        training = card.training
-        rows.append(
-            {
-                "model": name,
-                "precision": card.precision,
-                "parameters": card.parameters,
-                "classes": len(card.labels),
-                "image_size": card.image_size,
-                "val_top1": training.val_top1 if training else None,
-                "val_images": training.val_images if training else None,
-                "bytes": path.stat().st_size,
-                "path": str(path),
-            }
-        )
     if arguments.json:
+        rows = [_model_document(name, found[name], card) for name, card in cards.items()]
         print(json.dumps(rows, indent=2))
     else:
         header = ("model", "precision", "parameters", "classes", "top-1", "size", "file")
-        _print_columns(
-            [
-                header,
-                *(
-                    (
-                        row["model"] + ("*" if row["model"] == DEFAULT_MODEL else ""),
-                        row["precision"],
-                        f"{row['parameters'] / 1e6:.2f} M",
-                        str(row["classes"]),
-                        "" if row["val_top1"] is None else f"{100 * row['val_top1']:.2f} %",
-                        f"{row['bytes'] / 2**20:.1f} MiB",
-                        row["path"],
-                    )
-                    for row in rows
-                ),
-            ]
-        )
-        print("* what classify uses without -m; top-1: on its validation images, see tinyserve info")
-    return ModelFileError.exit_code if failed else 0
+        _print_columns([header, *(_model_row(name, found[name], cards[name]) for name in cards)])
+        print("* what classify uses without -m; top-1 on the validation images, see tinyserve info")
+    return 0 if len(cards) == len(found) else ModelFileError.exit_code
+
+
+def _model_document(name: str, path: Path, card: ModelCard) -> dict[str, Any]:
+    training = card.training
+    return {
+        "model": name,
+        "architecture": card.architecture,
+        "precision": card.precision,
+        "parameters": card.parameters,
+        "classes": len(card.labels),
+        "image_size": card.image_size,
+        "val_top1": training.val_top1 if training else None,
+        "val_images": training.val_images if training else None,
+        "bytes": path.stat().st_size,
+        "path": str(path),
+    }
+
+
+def _model_row(name: str, path: Path, card: ModelCard) -> tuple[str, ...]:
+    return (
+        name + ("*" if name == DEFAULT_MODEL else ""),
+        card.precision,
+        f"{card.parameters / 1e6:.2f} M",
+        str(len(card.labels)),
+        f"{100 * card.training.val_top1:.2f} %" if card.training else "",
+        f"{path.stat().st_size / 2**20:.1f} MiB",
+        str(path),
+    )
 
 
 def info(arguments: argparse.Namespace) -> int:
@@ -160,7 +158,10 @@ def _card_lines(path: Path, card: ModelCard) -> Iterator[tuple[str, str]]:
     size, classes = card.image_size, len(card.labels)
     yield "file", f"{path} ({path.stat().st_size / 2**20:.1f} MiB, format {card.format})"
     yield "architecture", f"{card.architecture}, {card.parameters:,} parameters, {card.precision}"
-    yield "input", f"images: uint8 [batch, {size}, {size}, 3], RGB; sees the centre {card.crop} x {card.crop}"
+    yield (
+        "input",
+        f"images: uint8 [batch, {size}, {size}, 3], RGB; sees the centre {card.crop} x {card.crop}",
+    )
     yield "resize", card.resize_rule
     yield "output", f"probabilities: float32 [batch, {classes}]"
     names = ", ".join(label.name for label in card.labels[:4])
@@ -230,7 +231,9 @@ def _csv_writer(stream: TextIO, k: int) -> Writer:
 
     def write(result: Result) -> None:
         document = _document(result)
-        values = [value for prediction in result.predictions for value in dataclasses.astuple(prediction)]
+        values = [
+            value for prediction in result.predictions for value in dataclasses.astuple(prediction)
+        ]
         values += [None] * (len(numbered) - len(values))
         rows.writerow(
             [document[name] for name in ("path", "status", "error", "label", "correct")] + values

@@ -27,10 +27,10 @@ _ERRORS_ONLY = 3  # ONNX Runtime's severity; its warnings are about graph detail
 class Engine:
     """A loaded model: uint8 images in, probabilities out.
 
-    ``device`` is one of :data:`DEVICES`, by default ``$TINYSERVE_DEVICE`` or ``auto``. ``cuda`` runs
-    on CUDA or raises :class:`DeviceError`; ``auto`` falls back to the CPU, says so in a warning of
-    the logger ``tinyserve``, and keeps the reason in :attr:`fallback`. ``threads`` is the number of
-    CPU threads, by default ``$TINYSERVE_NUM_THREADS`` or all that this process may use.
+    ``device`` is one of :data:`DEVICES`, by default ``$TINYSERVE_DEVICE`` or ``auto``. ``cuda``
+    runs on CUDA or raises :class:`DeviceError`; ``auto`` falls back to the CPU, says so in a
+    warning of the logger ``tinyserve``, and keeps the reason in :attr:`fallback`. ``threads`` is
+    the number of CPU threads, by default ``$TINYSERVE_NUM_THREADS`` or all this process may use.
 
     Raises :class:`ModelFileError` for files that are no models of this package.
     """
@@ -71,9 +71,9 @@ class Engine:
         self.card = _card(self.path, self._session)
 
     def run(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """Probabilities float32 ``[N, classes]``, rows summing to 1, of uint8 ``[N, size, size, 3]``.
+        """Probabilities, float32 ``[N, classes]``, rows summing to 1.
 
-        ``size`` is ``card.image_size``; RGB; any N from 1 up.
+        ``images``: uint8 ``[N, size, size, 3]``, RGB, ``size`` as in the card; any N from 1 up.
         """
         (probabilities,) = self._session.run([OUTPUT_NAME], {INPUT_NAME: images})
         return np.asarray(probabilities)
@@ -146,8 +146,12 @@ def _open(
         return ort.InferenceSession(path, options, providers=providers)
     except Exception as cause:  # ONNX Runtime's errors share no base class
         if error is DeviceError:
-            raise DeviceError(f"device cuda cannot run {path.name}: {_first_line(cause)}") from cause
-        raise ModelFileError(f"{path} is no ONNX model, or damaged ({_first_line(cause)})") from cause
+            raise DeviceError(
+                f"device cuda cannot run {path.name}: {_first_line(cause)}"
+            ) from cause
+        raise ModelFileError(
+            f"{path} is no ONNX model, or damaged ({_first_line(cause)})"
+        ) from cause
 
 
 def _card(path: Path, session: ort.InferenceSession) -> ModelCard:
@@ -164,7 +168,9 @@ def _card(path: Path, session: ort.InferenceSession) -> ModelCard:
     if inputs != [(INPUT_NAME, "tensor(uint8)", [size, size, 3])] or outputs != [
         (OUTPUT_NAME, "tensor(float)", [classes])
     ]:
-        raise ModelFileError(f"{path}: its graph is not what its metadata says: {inputs} -> {outputs}")
+        raise ModelFileError(
+            f"{path}: its graph is not what its metadata says: {inputs} -> {outputs}"
+        )
     return card
 
 

@@ -14,12 +14,13 @@ from pathlib import Path
 import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from tinyserve.errors import ImageError
 
 RESIZE_RULE = (
-    "decode to RGB, apply EXIF orientation, shorter side to size (bilinear, antialiased), centre crop"
+    "decode to RGB, apply EXIF orientation, "
+    "shorter side to size (bilinear, antialiased), centre crop"
 )
 
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF")
@@ -110,13 +111,15 @@ def _decode_with_pillow(data: bytes) -> NDArray[np.uint8]:
             return np.array(_to_rgb(upright))
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ImageError(f"too large: more than {MAX_PIXELS:,} pixels") from error
-    except Image.UnidentifiedImageError as error:
+    except UnidentifiedImageError as error:
         raise ImageError("not an image, or a format that is not supported") from error
     except ImageError:
         raise
     except Exception as error:  # Pillow's decoders raise almost anything on damaged data
         reason = str(error).strip().splitlines()
-        raise ImageError(f"damaged image: {reason[0] if reason else type(error).__name__}") from error
+        raise ImageError(
+            f"damaged image: {reason[0] if reason else type(error).__name__}"
+        ) from error
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

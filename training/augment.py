@@ -4,9 +4,9 @@ Shape letters: N images of a batch, H, W their stored height and width, S the si
 that the network sees. Stored images are uint8 ``[N, H, W, 3]``, RGB; what comes out is float32
 ``[N, 3, S, S]``, normalised, in channels_last memory order.
 
-Every crop, flip and resize is one linear map a side: a matrix of interpolation weights, ``[N, S, H]``
-for the rows and ``[N, S, W]`` for the columns. Random crops, random resized crops, ten-crop views
-and smaller training sizes are then all the same two batched matrix products.
+Every crop, flip and resize is one linear map a side: a matrix of interpolation weights,
+``[N, S, H]`` for the rows and ``[N, S, W]`` for the columns. Random crops, random resized crops,
+ten-crop views and smaller training sizes are then all the same two batched matrix products.
 """
 
 from dataclasses import dataclass
@@ -14,11 +14,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-TEN_CROPS = tuple(
-    (row, column, flip) for flip in (False, True) for row, column in ((0, 0), (0, 1), (1, 0), (1, 1))
-) + ((0.5, 0.5, False), (0.5, 0.5, True))
-"""Views of the ten-crop evaluation: vertical and horizontal place of the crop, as fractions of the
-free space, and whether it is mirrored."""
+Views = tuple[tuple[float, float, bool], ...]
+"""Evaluation views: vertical and horizontal place of the crop, as fractions of the free space, and
+whether it is mirrored."""
+
+CENTRE: Views = ((0.5, 0.5, False),)
+TEN_CROPS: Views = tuple(
+    (row, column, flip)
+    for flip in (False, True)
+    for row, column in ((0, 0), (0, 1), (1, 0), (1, 1), (0.5, 0.5))
+)
+"""Corners and centre, and their mirror images."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +48,7 @@ def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 
 
 def random_crops(count: int, height: int, width: int, size: int, device: torch.device) -> Boxes:
-    """Regions of ``size`` x ``size`` at uniformly random whole-pixel places, half of them mirrored."""
+    """Regions of ``size`` x ``size`` at random whole-pixel places, half of them mirrored."""
     side = torch.full((count,), float(size), device=device)
     return Boxes(
         top=torch.randint(0, height - size + 1, (count,), device=device).float(),
@@ -62,7 +68,9 @@ def random_resized_crops(
     4:3 (GoogLeNet's crop, arXiv:1409.4842); a side that would not fit is cut to the image.
     """
     share = torch.empty(count, device=device).uniform_(*area) * (height * width)
-    ratio = torch.empty(count, device=device).uniform_(-1, 1).mul(torch.log(torch.tensor(4 / 3))).exp()
+    ratio = (
+        torch.empty(count, device=device).uniform_(-1, 1).mul(torch.log(torch.tensor(4 / 3))).exp()
+    )
     box_width = (share * ratio).sqrt().clamp(max=width)
     box_height = (share / ratio).sqrt().clamp(max=height)
     return Boxes(

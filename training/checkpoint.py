@@ -44,9 +44,7 @@ class Weights:
 
     def network(self) -> nn.Module:
         """The network with these weights, in evaluation mode, float32, on the CPU."""
-        model = ARCHS[self.arch](
-            len(self.labels), image_size=self.crop, batch_norm=self.batch_norm
-        )
+        model = ARCHS[self.arch](len(self.labels), image_size=self.crop, batch_norm=self.batch_norm)
         if missing := {
             name for name in model.state_dict().keys() - self.state.keys() if not is_auxiliary(name)
         }:
@@ -85,7 +83,9 @@ def load_weights(folder: Path) -> Weights:
     if not (folder / WEIGHTS).exists():
         if (folder / CHECKPOINT).exists():
             raise CheckpointError(f"{folder} has not finished; go on with training.fit --resume")
-        raise CheckpointError(f"{folder} is no training run: it has neither {WEIGHTS} nor {CHECKPOINT}")
+        raise CheckpointError(
+            f"{folder} is no training run: it has neither {WEIGHTS} nor {CHECKPOINT}"
+        )
     document = load(folder / WEIGHTS)
     try:
         if document.pop("format") != _FORMAT:
@@ -97,11 +97,15 @@ def load_weights(folder: Path) -> Weights:
             )
         document["labels"] = tuple(Label(**label) for label in document["labels"])
         document["training"] = Training(**document["training"])
-        document["state"] = {name: value.float() if value.is_floating_point() else value
-                             for name, value in document["state"].items()}
+        document["state"] = {
+            name: value.float() if value.is_floating_point() else value
+            for name, value in document["state"].items()
+        }
         return Weights(**document)
     except (KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{folder / WEIGHTS} is not the weights of a run ({error})") from error
+        raise CheckpointError(
+            f"{folder / WEIGHTS} is not the weights of a run ({error})"
+        ) from error
 
 
 def save(path: Path, document: dict[str, Any]) -> None:

@@ -7,6 +7,7 @@ The decoded arrays are kept beside the data (``.tinyserve-cache/``), or in the u
 where that is not writable, and memory-mapped on every later start.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -74,7 +75,9 @@ def load(root: Path, *, image_size: int = 64, skip_bad: bool = False) -> Dataset
         raise DataError(f"no such folder: {root}")
     for split in ("train", "val"):
         if not (root / split).is_dir():
-            raise DataError(f"{root} has no folder {split}/: wanted train/<class>/* and val/<class>/*")
+            raise DataError(
+                f"{root} has no folder {split}/: wanted train/<class>/* and val/<class>/*"
+            )
     names = sorted(entry.name for entry in (root / "train").iterdir() if entry.is_dir())
     if not names:
         raise DataError(f"{root / 'train'} has no class folders")
@@ -122,7 +125,9 @@ def download(
             digest.update(chunk)
     if archive.stat().st_size != size or digest.hexdigest() != md5:
         archive.unlink()
-        raise DataError(f"{url} is not the file expected (MD5 {digest.hexdigest()}); removed, try again")
+        raise DataError(
+            f"{url} is not the file expected (MD5 {digest.hexdigest()}); removed, try again"
+        )
     unpacked = root.with_name(root.name + ".unpacking")
     shutil.rmtree(unpacked, ignore_errors=True)
     with zipfile.ZipFile(archive) as bundle:
@@ -246,10 +251,8 @@ def _partial(path: Path) -> Path:
 
 def _writable_cache(root: Path) -> Path:
     beside = root / _CACHE_FOLDER
-    try:
+    with contextlib.suppress(OSError):
         beside.mkdir(exist_ok=True)
-    except OSError:
-        pass
     if os.access(beside, os.W_OK):
         return beside
     user_cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tinyserve"

@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 from training import augment
 
+BATCH = 256
+
 
 class ServedNetwork(nn.Module):
     """The whole graph of a model file: pixels to probabilities.
@@ -38,7 +40,8 @@ class ServedNetwork(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         pixels = (self._centre(images).float() - self.mean) * self.scale
         logits = self.network(pixels.permute(0, 3, 1, 2))
-        return logits.float().softmax(dim=1)
+        probabilities: Tensor = logits.float().softmax(dim=1)
+        return probabilities
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,12 +83,12 @@ class _Counter:
         return Score(self.images, round(top1), round(top5), loss / self.images)
 
 
-def served_accuracy(served: ServedNetwork, images: Tensor, labels: Tensor, *, batch: int) -> Score:
+def served_accuracy(served: ServedNetwork, images: Tensor, labels: Tensor) -> Score:
     """Accuracy of the served graph, one centre view, in the graph's own precision."""
     counter = _Counter(images.device)
     served.eval()
     with torch.inference_mode():
-        for indices in _batches(len(labels), batch):
+        for indices in _batches(len(labels)):
             probabilities = served(images[indices])
             counter.add(probabilities.clamp(min=1e-30).log(), labels[indices])
     return counter.score()
@@ -100,22 +103,21 @@ def view_accuracy(
     std: Tensor,
     crop: int,
     size: int,
-    views: tuple[tuple[float, float, bool], ...],
+    views: augment.Views,
     precision: torch.dtype,
-    batch: int,
 ) -> Score:
     """Accuracy with the probabilities of several views averaged, under autocast.
 
-    Each view is (row, column, flip) of a ``crop`` x ``crop`` region, see
-    :data:`training.augment.TEN_CROPS`, resampled to ``size`` x ``size``.
+    Each view is a ``crop`` x ``crop`` region of the image, resampled to ``size`` x ``size``.
     """
     device = images.device
     counter = _Counter(device)
     network.eval()
-    with torch.inference_mode(), torch.autocast(
-        device.type, dtype=precision, enabled=precision != torch.float32
+    with (
+        torch.inference_mode(),
+        torch.autocast(device.type, dtype=precision, enabled=precision != torch.float32),
     ):
-        for indices in _batches(len(labels), batch):
+        for indices in _batches(len(labels)):
             pixels = augment.normalise(images[indices], mean, std)
             count, height, width, _ = pixels.shape
             mean_probabilities = torch.zeros((), device=device)
@@ -129,6 +131,6 @@ def view_accuracy(
     return counter.score()
 
 
-def _batches(count: int, batch: int) -> Iterator[slice]:
-    for start in range(0, count, batch):
-        yield slice(start, start + batch)
+def _batches(count: int) -> Iterator[slice]:
+    for start in range(0, count, BATCH):
+        yield slice(start, start + BATCH)

@@ -170,9 +170,9 @@ def check_parity(path: Path, served: ServedNetwork, images: NDArray[np.uint8]) -
 
 
 def gate_images(root: Path, weights: checkpoint.Weights) -> NDArray[np.uint8]:
-    """:data:`GATE_IMAGES` real images, spread over the validation split, uint8 ``[n, size, size, 3]``.
+    """:data:`GATE_IMAGES` images, evenly spread over the validation split.
 
-    A validation split of fewer is filled up from the training split.
+    uint8 ``[n, size, size, 3]``. A validation split of fewer is filled up from the training split.
     """
     dataset = data.load(root, image_size=weights.image_size, skip_bad=True)
     if dataset.fingerprint != weights.training.dataset_fingerprint:
@@ -223,7 +223,9 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("run", type=Path, help="folder of a finished training run")
-    parser.add_argument("-o", "--output", type=Path, default=Path("exported"), help="folder to write to")
+    parser.add_argument(
+        "-o", "--output", type=Path, default=Path("exported"), help="folder to write to"
+    )
     parser.add_argument("--data", type=Path, help="default: the data that the run was trained on")
     return parser
 

@@ -25,7 +25,9 @@ def alexnet(
         FC, dropout; FC, dropout    [N, 1024]         ReLU before each dropout
         FC                          [N, num_classes]
 
-    Deviations: the dropout rate, which the paper does not give, is AlexNet's 0.5.
+    Deviations: the dropout rate, which the paper does not give, is AlexNet's 0.5. An adaptive
+    average pool before the first FC, which does nothing to images of ``image_size``, lets the
+    network train on smaller ones for a while.
     ``batch_norm=True`` normalises after every convolution and hidden layer instead of after the
     first two pools.
     """
@@ -40,6 +42,7 @@ def alexnet(
         norm = [nn.BatchNorm1d(1024)] if batch_norm else []
         return [nn.Linear(in_features, 1024), *norm, nn.ReLU(inplace=True), nn.Dropout(0.5)]
 
+    classifier = nn.Linear(1024, num_classes)
     model = nn.Sequential(
         OrderedDict(
             conv1=conv_relu(3, 64, 7, batch_norm=batch_norm),
@@ -50,11 +53,12 @@ def alexnet(
             conv4=conv_relu(128, 256, 3, batch_norm=batch_norm),
             conv5=conv_relu(256, 256, 3, batch_norm=batch_norm),
             pool5=nn.MaxPool2d(2),
+            fit=nn.AdaptiveAvgPool2d(side),
             flatten=nn.Flatten(),
             hidden=nn.Sequential(*hidden(256 * side * side), *hidden(1024)),
-            classifier=nn.Linear(1024, num_classes),
+            classifier=classifier,
         )
     )
     init_weights(model)
-    init_classifier(model.classifier)
+    init_classifier(classifier)
     return model

@@ -31,15 +31,16 @@ def baseline(
     hidden.append(nn.ReLU(inplace=True))
     if batch_norm:
         hidden.append(nn.Dropout(0.5))
+    classifier = nn.Linear(1024, num_classes)
     model = nn.Sequential(
         OrderedDict(
             conv=conv_relu(3, 16, 3, batch_norm=batch_norm),
             pool=nn.MaxPool2d(2),
             flatten=nn.Flatten(),
             hidden=nn.Sequential(*hidden),
-            classifier=nn.Linear(1024, num_classes),
+            classifier=classifier,
         )
     )
     init_weights(model)
-    init_classifier(model.classifier)
+    init_classifier(classifier)
     return model

@@ -67,14 +67,18 @@ class InceptionModule(nn.Module):
 
 def auxiliary_head(in_channels: int, num_classes: int, *, batch_norm: bool) -> nn.Sequential:
     """Classifier on an inner feature map, float ``[N, in_channels, H, W]`` with H, W >= 5."""
-    return nn.Sequential(
+    classifier = nn.Linear(128, num_classes)
+    head = nn.Sequential(
         nn.AvgPool2d(5, stride=3),
         conv_relu(in_channels, 128, 1, batch_norm=batch_norm),
         nn.AdaptiveAvgPool2d(1),
         nn.Flatten(),
         nn.Dropout(0.3),
-        nn.Linear(128, num_classes),
+        classifier,
     )
+    init_weights(head)
+    init_classifier(classifier)
+    return head
 
 
 class Inception(nn.Module):
@@ -96,10 +100,9 @@ class Inception(nn.Module):
         self.downsample = nn.MaxPool2d(3, stride=2, padding=1)
         self.pool = nn.AdaptiveAvgPool2d(1)
         self.classifier = nn.Linear(channels, num_classes)
-        init_weights(self)
+        init_weights(self.stem)
+        init_weights(self.inception)
         init_classifier(self.classifier)
-        for head in self.aux_heads.values():
-            init_classifier(head[-1])
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, ...]:
         """Logits ``[N, num_classes]``; in training mode a tuple (logits, *auxiliary logits)."""

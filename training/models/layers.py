@@ -8,12 +8,11 @@ def conv_relu(
     out_channels: int,
     kernel_size: int,
     *,
-    stride: int = 1,
     batch_norm: bool = False,
 ) -> nn.Sequential:
     """Convolution with "same" padding, optionally batch-normalised, then ReLU.
 
-    Maps float ``[N, in_channels, H, W]`` to ``[N, out_channels, ceil(H / stride), ceil(W / stride)]``.
+    Maps float ``[N, in_channels, H, W]`` to ``[N, out_channels, H, W]``.
     The convolution has a bias only where no batch norm follows, which would cancel it.
     """
     layers: list[nn.Module] = [
@@ -21,7 +20,6 @@ def conv_relu(
             in_channels,
             out_channels,
             kernel_size,
-            stride=stride,
             padding=kernel_size // 2,
             bias=not batch_norm,
         )
