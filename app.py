@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from tinyserve import Classifier, Prediction, TinyserveError
 from tinyserve.dataset import walk_images
 from tinyserve.engine import DEVICES, Engine, device_name
-from tinyserve.errors import UsageError
+from tinyserve.errors import ImageError, UsageError
 from tinyserve.modelfile import DEFAULT_MODEL, installed_models
 
 if TYPE_CHECKING:
@@ -133,7 +133,7 @@ def build_page(model: str, device: str | None) -> "gr.Blocks":
                 status = gr.Markdown(elem_id="status")
         gr.on(
             [image.change, choice.change],
-            _handler(models, device),
+            _handler(models, device, Path(image.GRADIO_CACHE)),
             inputs=[image, choice],
             outputs=[label, status],
             api_name="classify",
@@ -148,18 +148,22 @@ def build_page(model: str, device: str | None) -> "gr.Blocks":
 
 
 def _handler(
-    models: Sequence[str], device: str | None
+    models: Sequence[str], device: str | None, uploads: Path
 ) -> Callable[[dict[str, Any] | None, str], Answer]:
     def classify(image: dict[str, Any] | None, model: str) -> Answer:
         """Classify one picture: its likeliest classes with probabilities, and a line of words."""
         if not image or not image["path"]:
             return {}, ""
+        path = Path(image["path"]).resolve()
         try:
-            if model not in models:  # a name from the network must not become a path
+            # What comes over the network must not name just any file of this machine.
+            if model not in models:
                 raise UsageError(f"unknown model {model!r}")
+            if not path.is_relative_to(uploads.resolve()):
+                raise ImageError("this file was not uploaded")
             classifier = load(model, device)
             start = time.perf_counter()
-            predictions = classifier.classify(image["path"])
+            predictions = classifier.classify(path)
             milliseconds = 1000 * (time.perf_counter() - start)
         except TinyserveError as error:
             return {}, f"⚠️ **Cannot classify this picture:** {error}"

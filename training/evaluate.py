@@ -26,6 +26,7 @@ class ServedNetwork(nn.Module):
     ) -> None:
         super().__init__()
         self.network = network
+        self.image_size = image_size
         self.crop = crop
         self.offset = round((image_size - crop) / 2)
         if mean.dim() == 3:
@@ -34,6 +35,8 @@ class ServedNetwork(nn.Module):
         self.register_buffer("scale", 1 / std)
 
     def _centre(self, images: Tensor) -> Tensor:
+        if self.crop == self.image_size:  # a slice of everything would stay in the exported graph
+            return images
         end = self.offset + self.crop
         return images[:, self.offset : end, self.offset : end]
 

@@ -1,0 +1,147 @@
+import dataclasses
+import threading
+
+import numpy as np
+import pytest
+
+from tinyserve import Classifier
+from tinyserve.classifier import _label_keys, _rank
+from tinyserve.dataset import Input, find_inputs
+from tinyserve.errors import ImageError
+from tinyserve.modelfile import Label
+
+
+@pytest.fixture(scope="module")
+def classifier() -> Classifier:
+    return Classifier("inception", device="cpu")
+
+
+def test_one_image_gives_the_likeliest_classes_best_first(classifier, samples):
+    predictions = classifier.classify(samples / "goldfish" / "val_68.JPEG", k=7)
+    probabilities = [prediction.probability for prediction in predictions]
+    assert len(predictions) == 7
+    assert probabilities == sorted(probabilities, reverse=True)
+    assert 0 < sum(probabilities) <= 1 + 1e-6
+    labels = classifier.card.labels
+    assert all(
+        (p.wnid, p.name) == (labels[p.index].wnid, labels[p.index].name) for p in predictions
+    )
+
+
+def test_bytes_and_path_give_the_same_answer(classifier, samples):
+    path = samples / "teapot" / "val_568.JPEG"
+    assert classifier.classify(path) == classifier.classify(path.read_bytes())
+
+
+def test_an_unusable_image_raises(classifier, tmp_path):
+    with pytest.raises(ImageError):
+        classifier.classify(tmp_path / "missing.jpg")
+
+
+def test_asking_for_more_classes_than_there_are_gives_all(classifier, samples):
+    assert len(classifier.classify(samples / "teapot" / "val_568.JPEG", k=1000)) == 200
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 32, 64])
+def test_many_come_in_order_whatever_the_batch(classifier, samples, batch_size):
+    inputs = find_inputs([str(samples)])
+    results = list(classifier.classify_many(inputs, batch_size=batch_size))
+    assert [result.path for result in results] == [item.path for item in inputs]
+    for result in results:
+        alone = classifier.classify(result.path)
+        assert result.predictions[0].index == alone[0].index
+        assert result.predictions[0].probability == pytest.approx(alone[0].probability, abs=1e-5)
+
+
+def test_bad_images_leave_their_neighbours_alone(classifier, samples, tmp_path):
+    good = [item.path for item in find_inputs([str(samples)])][:5]
+    text, empty = tmp_path / "text.jpg", tmp_path / "empty.jpg"
+    text.write_text("no picture")
+    empty.touch()
+    mixed = [good[0], str(text), good[1], good[2], str(empty), good[3], "missing.jpg", good[4]]
+    clean = {r.path: r.predictions for r in classifier.classify_many(good)}
+    results = list(classifier.classify_many(mixed, batch_size=3))
+    assert [result.path for result in results] == mixed
+    assert [result.error is None for result in results] == [path in good for path in mixed]
+    for result in results:
+        if result.error is None:
+            best, expected = result.predictions[0], clean[result.path][0]
+            assert best.index == expected.index
+            assert best.probability == pytest.approx(expected.probability, abs=1e-5)
+        else:
+            assert result.predictions == ()
+
+
+def test_a_batch_of_nothing_but_bad_images(classifier):
+    results = list(classifier.classify_many(["a.jpg", "b.jpg"], batch_size=2))
+    assert [result.predictions for result in results] == [(), ()]
+
+
+def test_an_endless_stream_is_read_only_as_far_as_needed(classifier, samples):
+    path = str(samples / "teapot" / "val_568.JPEG")
+    taken = 0
+
+    def endless():
+        nonlocal taken
+        while True:
+            taken += 1
+            yield path
+
+    results = classifier.classify_many(endless(), batch_size=4)
+    for _ in range(10):
+        next(results)
+    results.close()
+    assert taken <= 10 + 4 * 4
+
+
+def test_labels_match_by_wnid_and_by_name_but_never_by_position(classifier, samples):
+    path = str(samples / "goldfish" / "val_68.JPEG")
+    labels = ["n01443537", "goldfish", "Goldfish", "n99999999", "0", None]
+    results = list(classifier.classify_many([Input(path, label) for label in labels]))
+    names = [result.label.name if result.label else None for result in results]
+    assert names == ["goldfish", "goldfish", "goldfish", None, None, None]
+    correct = results[0].predictions[0].name == "goldfish"
+    assert [result.correct for result in results] == [correct] * 3 + [None] * 3
+
+
+def test_a_failed_input_with_a_label_counts_as_wrong(classifier):
+    (result,) = classifier.classify_many([Input("missing.jpg", "goldfish")])
+    assert result.correct is False
+
+
+def test_separators_in_folder_names_do_not_matter(classifier, samples):
+    results = classifier.classify_many(find_inputs([str(samples)]))
+    assert all(result.label is not None for result in results)
+
+
+def test_a_name_that_two_classes_share_matches_neither():
+    keys = _label_keys((Label("n1", "crane"), Label("n2", "crane"), Label("n3", "heron")))
+    assert keys == {"n1": 0, "n2": 1, "n3": 2, "heron": 2}
+
+
+def test_rank_follows_the_order_of_the_predictions():
+    row = np.array([0.1, 0.4, 0.1, 0.4], np.float32)
+    assert [_rank(row, index) for index in range(4)] == [2, 0, 3, 1]
+    assert np.argsort(-row, kind="stable").tolist() == [1, 3, 0, 2]
+
+
+def test_threads_may_share_a_classifier(classifier, samples):
+    paths = [item.path for item in find_inputs([str(samples)])][:8]
+    expected = [classifier.classify(path) for path in paths]
+    found = [None] * len(paths)
+
+    def work(index):
+        found[index] = classifier.classify(paths[index])
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(len(paths))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == expected
+
+
+def test_results_are_immutable(classifier, samples):
+    (result,) = classifier.classify_many([str(samples / "teapot" / "val_568.JPEG")])
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        result.path = "other"

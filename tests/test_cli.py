@@ -1,0 +1,246 @@
+"""The commands as users run them: real processes, their output and exit codes."""
+
+import csv
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from tinyserve.modelfile import find_model
+
+
+def tinyserve(*arguments, **environment) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "tinyserve.cli", *map(str, arguments)],
+        capture_output=True,
+        encoding="utf-8",
+        env={**os.environ, "PYTHONIOENCODING": "utf-8", **environment},
+        timeout=300,
+    )
+
+
+def assert_one_line_and_no_traceback(run) -> None:
+    assert "Traceback" not in run.stderr
+    assert len(run.stderr.strip().splitlines()) == 1, run.stderr
+
+
+@pytest.fixture(scope="module")
+def classified(samples) -> subprocess.CompletedProcess:
+    return tinyserve("classify", samples, "-m", "inception", "--format", "jsonl", "--device", "cpu")
+
+
+def test_jsonl_has_one_line_an_input_in_order(classified, samples):
+    rows = [json.loads(line) for line in classified.stdout.splitlines()]
+    assert classified.returncode == 0
+    assert len(rows) == 40
+    paths = [Path(row["path"]) for row in rows]
+    assert set(paths) == set(samples.rglob("*.JPEG"))
+    assert [path.parent for path in paths] == sorted(path.parent for path in paths)
+    for row in rows:
+        assert list(row) == ["path", "status", "error", "predictions", "label", "correct"]
+        assert row["status"] == "ok"
+        assert row["error"] is None
+        assert len(row["predictions"]) == 5
+        assert list(row["predictions"][0]) == ["index", "wnid", "name", "probability"]
+        assert row["correct"] is (row["predictions"][0]["wnid"] == row["label"])
+
+
+def test_summary_agrees_with_the_rows(samples, tmp_path):
+    run = tinyserve(
+        "classify", samples, "-m", "inception", "--device", "cpu",
+        "-o", tmp_path / "rows.jsonl", "--summary", tmp_path / "s.json",
+    )  # fmt: skip
+    assert run.stdout == ""
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    summary = json.loads((tmp_path / "s.json").read_text())
+    assert list(summary) == [
+        "model", "precision", "provider", "inputs", "ok", "failed", "labelled",
+        "top1", "top1_ci95", "top5", "seconds", "images_per_second",
+    ]  # fmt: skip
+    top5 = [row["label"] in [p["wnid"] for p in row["predictions"]] for row in rows]
+    assert summary["inputs"] == summary["ok"] == summary["labelled"] == 40
+    assert summary["top1"] == sum(row["correct"] for row in rows) / 40
+    assert summary["top5"] == sum(top5) / 40
+    assert summary["top1_ci95"][0] <= summary["top1"] <= summary["top1_ci95"][1]
+    assert summary["provider"] == "CPUExecutionProvider"
+    assert f"({sum(row['correct'] for row in rows)} of 40 labelled" in run.stderr
+
+
+def test_table_shows_every_input_and_marks_right_and_wrong(samples):
+    run = tinyserve("classify", samples, "-m", "inception", "--device", "cpu")
+    lines = run.stdout.splitlines()
+    assert len(lines) == 40
+    assert all(("✓" in line) != ("✗" in line) for line in lines)
+    assert all(len(line) <= 120 and " % " in line for line in lines)
+
+
+def test_csv_has_columns_for_every_prediction(samples):
+    run = tinyserve(
+        "classify", samples / "teapot", "-m", "inception", "--format", "csv", "-k", 2, "-b", 1
+    )
+    rows = list(csv.DictReader(io.StringIO(run.stdout)))
+    assert len(rows) == 2
+    assert list(rows[0])[:5] == ["path", "status", "error", "label", "correct"]
+    assert list(rows[0])[5:] == [
+        f"{field}_{place}" for place in (1, 2) for field in ("index", "wnid", "name", "probability")
+    ]
+    assert float(rows[0]["probability_1"]) >= float(rows[0]["probability_2"])
+
+
+def test_auto_says_why_it_runs_on_the_cpu_and_cuda_fails(samples):
+    path = samples / "teapot"
+    auto = tinyserve("classify", path, "-m", "inception")
+    if "on CUDA" in auto.stderr:
+        pytest.skip("CUDA works here")
+    assert "running on the CPU: " in auto.stderr
+    strict = tinyserve("classify", path, "-m", "inception", "--device", "cuda")
+    assert strict.returncode == 5
+    assert strict.stdout == ""
+    assert_one_line_and_no_traceback(strict)
+
+
+def make_odd_inputs(
+    folder: Path, photo: bytes, picture: Image.Image, bomb: bytes
+) -> tuple[set[str], set[str]]:
+    """Every kind of difficult file; returns the names of the good ones and of the bad ones."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture.convert("CMYK").save(folder / "cmyk.jpg")
+    picture.convert("L").save(folder / "grey.jpg")
+    picture.save(folder / "rotated.jpg", exif=exif)
+    picture.convert("RGBA").save(folder / "rgba.png")
+    picture.convert("I;16").save(folder / "sixteen.png")
+    picture.save(folder / "moving.gif", save_all=True, append_images=[picture.rotate(180)])
+    (folder / "plain.jpg").write_bytes(photo)
+    good = {path.name for path in folder.iterdir()}
+    (folder / "text.jpg").write_text("no picture at all")
+    (folder / "truncated.jpg").write_bytes(photo[: len(photo) // 2])
+    (folder / "empty.jpg").touch()
+    (folder / "bomb.png").write_bytes(bomb)
+    return good, {path.name for path in folder.iterdir()} - good
+
+
+def test_bad_inputs_are_named_and_good_ones_beside_them_classified(
+    photo, picture, png_of_size, tmp_path
+):
+    folder = tmp_path / "odd"
+    folder.mkdir()
+    good, bad = make_odd_inputs(folder, photo.read_bytes(), picture, png_of_size(30_000, 30_000))
+    run = tinyserve(
+        "classify", folder, "-m", "inception", "--format", "jsonl", "--device", "cpu",
+        "--summary", tmp_path / "s.json",
+    )  # fmt: skip
+    rows = {Path(row["path"]).name: row for row in map(json.loads, run.stdout.splitlines())}
+    assert run.returncode == 3
+    assert "Traceback" not in run.stderr
+    assert {name for name, row in rows.items() if row["status"] == "ok"} == good
+    assert {name for name, row in rows.items() if row["status"] == "error"} == bad
+    for name in bad:
+        assert rows[name]["error"]
+        assert "\n" not in rows[name]["error"]
+        assert rows[name]["predictions"] == []
+    summary = json.loads((tmp_path / "s.json").read_text())
+    assert (summary["inputs"], summary["ok"], summary["failed"]) == (11, 7, 4)
+    assert summary["labelled"] == 0
+    assert summary["top1"] is None
+
+
+def test_failed_inputs_count_as_wrong(samples, tmp_path):
+    folder = tmp_path / "goldfish"
+    folder.mkdir()
+    (folder / "broken.jpg").write_text("no picture")
+    run = tinyserve("classify", folder, "-m", "inception", "--summary", tmp_path / "s.json")
+    summary = json.loads((tmp_path / "s.json").read_text())
+    assert run.returncode == 3
+    assert (summary["labelled"], summary["top1"], summary["top5"]) == (1, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["classify", "nowhere"], 1, "no such file or folder: nowhere"),
+        (["classify", "EMPTY"], 1, "no images in"),
+        (["classify", "SAMPLE", "-m", "vgg"], 1, "unknown model 'vgg' (known: "),
+        (["classify", "SAMPLE", "-m", "TEXT.onnx"], 1, "no ONNX model"),
+        (["classify", "SAMPLE", "-o", "nowhere/rows.csv", "--device", "cpu"], 2, "cannot write"),
+        (["info", "vgg"], 1, "unknown model 'vgg' (known: "),
+        (["info", "TEXT.onnx"], 1, "no ONNX model"),
+    ],
+)
+def test_usage_errors_are_one_line(arguments, code, words, tmp_path, photo):
+    (tmp_path / "EMPTY").mkdir()
+    (tmp_path / "TEXT.onnx").write_text("no model")
+    places = {"EMPTY": tmp_path / "EMPTY", "TEXT.onnx": tmp_path / "TEXT.onnx", "SAMPLE": photo}
+    run = tinyserve(*(places.get(argument, argument) for argument in arguments))
+    assert run.returncode == code
+    assert words in run.stderr
+    assert run.stdout == ""
+    assert_one_line_and_no_traceback(run)
+
+
+def test_names_that_are_not_utf8_are_printed(photo, tmp_path):
+    folder = tmp_path / "names"
+    folder.mkdir()
+    os.rename(photo, os.fsencode(folder) + b"/caf\xe9.jpg")
+    for format_ in ("table", "csv", "jsonl"):
+        run = tinyserve(
+            "classify", folder, "-m", "inception", "--format", format_, "--device", "cpu"
+        )
+        assert run.returncode == 0, run.stderr
+        assert "caf\\udce9.jpg" in run.stdout
+
+
+def test_a_reader_that_leaves_early_is_no_error(samples):
+    command = [sys.executable, "-m", "tinyserve.cli", "classify", str(samples), "-m", "inception"]
+    with subprocess.Popen(
+        [*command, "--format", "jsonl", "-b", "1", "-k", "200"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    ) as run:  # fmt: skip
+        run.stdout.readline()
+        run.stdout.close()
+        errors = run.stderr.read().decode()
+        assert run.wait(timeout=60) == 0
+    assert "Traceback" not in errors
+    assert "BrokenPipe" not in errors
+
+
+def test_models_lists_what_is_there():
+    run = tinyserve("models", "--json")
+    rows = {row["model"]: row for row in json.loads(run.stdout)}
+    assert run.returncode == 0
+    assert {"baseline", "alexnet", "inception", "resnet20"} <= rows.keys()
+    assert rows["inception"]["classes"] == 200
+    text = tinyserve("models").stdout
+    assert all(name in text for name in rows)
+
+
+def test_models_goes_on_past_a_broken_one(tmp_path):
+    (tmp_path / "broken.onnx").write_text("no model")
+    (tmp_path / "inception.onnx").symlink_to(find_model("inception"))
+    run = tinyserve("models", "--json", TINYSERVE_MODELS=str(tmp_path))
+    assert run.returncode == 1
+    assert [row["model"] for row in json.loads(run.stdout)] == ["inception"]
+    assert "broken.onnx" in run.stderr
+    assert_one_line_and_no_traceback(run)
+
+
+def test_info_prints_the_card():
+    document = json.loads(tinyserve("info", "inception", "--json").stdout)
+    assert document["format"] == 1
+    assert len(document["labels"]) == 200
+    assert document["parity"]["top1_agreement"] == 1
+    text = tinyserve("info", "inception").stdout
+    assert "uint8 [batch, 64, 64, 3]" in text
+    assert f"{document['parameters']:,} parameters" in text
+
+
+@pytest.mark.parametrize("command", [[], ["classify"], ["models"], ["info"]])
+def test_help_says_what_the_command_does(command):
+    run = tinyserve(*command, "--help")
+    assert run.returncode == 0
+    assert run.stdout.startswith("usage: tinyserve")

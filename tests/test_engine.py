@@ -1,0 +1,103 @@
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from tinyserve import engine
+from tinyserve.engine import Engine, cuda_problem, default_threads, read_card
+from tinyserve.errors import DeviceError, ModelFileError, UsageError
+from tinyserve.modelfile import find_model
+
+
+@pytest.fixture(scope="module")
+def images() -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (5, 64, 64, 3), dtype=np.uint8)
+
+
+def test_probabilities_for_any_batch(images):
+    model = Engine(find_model("inception"), device="cpu")
+    assert model.provider == engine.CPU
+    alone = np.concatenate([model.run(image[None]) for image in images])
+    together = model.run(images)
+    assert together.shape == (5, 200)
+    assert together.dtype == np.float32
+    np.testing.assert_allclose(together.sum(axis=1), 1, atol=1e-5)
+    np.testing.assert_allclose(together, alone, atol=1e-5)
+
+
+@pytest.mark.skipif(cuda_problem() is None, reason="CUDA works here")
+def test_cuda_is_strict_and_auto_falls_back_aloud(caplog):
+    path = find_model("inception")
+    with pytest.raises(DeviceError, match="device cuda cannot run: "):
+        Engine(path, device="cuda")
+    model = Engine(path, device="auto")
+    assert model.provider == engine.CPU
+    assert model.fallback
+    assert f"running on the CPU: {model.fallback}" in caplog.text
+    caplog.clear()
+    assert Engine(path, device="cpu").fallback is None
+    assert caplog.text == ""
+
+
+def test_the_device_comes_from_the_environment(monkeypatch):
+    monkeypatch.setenv("TINYSERVE_DEVICE", "gpu")
+    with pytest.raises(UsageError, match=r"unknown device 'gpu' \(known: auto, cpu, cuda\)"):
+        Engine(find_model("inception"))
+
+
+def test_threads_follow_the_affinity_mask_and_the_environment(monkeypatch):
+    one = min(os.sched_getaffinity(0))
+    code = "from tinyserve.engine import default_threads; print(default_threads())"
+    pinned = ["taskset", "-c", str(one), sys.executable, "-c", code]
+    assert subprocess.check_output(pinned, text=True).strip() == "1"
+    assert 1 <= default_threads() <= len(os.sched_getaffinity(0))
+    monkeypatch.setenv("TINYSERVE_NUM_THREADS", "3")
+    assert default_threads() == 3
+    monkeypatch.setenv("TINYSERVE_NUM_THREADS", "many")
+    with pytest.raises(UsageError, match="TINYSERVE_NUM_THREADS"):
+        default_threads()
+
+
+def test_a_file_that_is_no_model_is_refused(tmp_path, samples):
+    with pytest.raises(ModelFileError, match="no such model file"):
+        Engine(tmp_path / "missing.onnx")
+    text = tmp_path / "text.onnx"
+    text.write_text("no model")
+    for path in (text, samples / "teapot" / "val_568.JPEG"):
+        with pytest.raises(ModelFileError, match="no ONNX model, or damaged") as caught:
+            Engine(path, device="cpu")
+        assert "\n" not in str(caught.value)
+
+
+def test_a_model_cut_short_is_refused(tmp_path):
+    whole = find_model("inception").read_bytes()
+    path = tmp_path / "cut.onnx"
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ModelFileError, match="damaged"):
+        Engine(path, device="cpu")
+
+
+def test_somebody_elses_model_is_refused(tmp_path):
+    onnx = pytest.importorskip("onnx")
+    value = onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [1])
+    out = onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [1])
+    node = onnx.helper.make_node("Relu", ["x"], ["y"])
+    graph = onnx.helper.make_graph([node], "g", [value], [out])
+    path = tmp_path / "relu.onnx"
+    opset = [onnx.helper.make_opsetid("", 18)]
+    onnx.save(onnx.helper.make_model(graph, opset_imports=opset, ir_version=10), path)
+    with pytest.raises(ModelFileError, match="none that tinyserve exported"):
+        read_card(path)
+
+
+def test_a_card_that_does_not_fit_its_graph_is_refused(tmp_path):
+    onnx = pytest.importorskip("onnx")
+    model = onnx.load(find_model("inception"))
+    (entry,) = model.metadata_props
+    entry.value = entry.value.replace('"image_size": 64', '"image_size": 32')
+    path = tmp_path / "wrong.onnx"
+    onnx.save(model, path)
+    with pytest.raises(ModelFileError, match="not what its metadata says"):
+        read_card(path)

@@ -1,0 +1,165 @@
+import io
+import struct
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tinyserve import images
+from tinyserve.errors import ImageError
+
+
+def encode(image: Image.Image, format_: str, **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format_, **options)
+    return buffer.getvalue()
+
+
+def close_to(found: np.ndarray, expected: Image.Image, tolerance: float) -> bool:
+    wanted = np.asarray(expected.convert("RGB"), dtype=float)
+    return found.shape == wanted.shape and np.abs(found - wanted).mean() <= tolerance
+
+
+def test_a_sample_decodes_to_the_pixels_pillow_gives(samples):
+    paths = sorted(samples.rglob("*.JPEG"))
+    assert len(paths) == 40
+    for path in paths:
+        with Image.open(path) as image:
+            expected = np.asarray(image.convert("RGB"))
+        assert np.array_equal(images.load(path, size=64), expected)
+
+
+def test_lossless_formats_keep_every_pixel(picture):
+    for format_, options in (("PNG", {}), ("BMP", {}), ("TIFF", {}), ("WEBP", {"lossless": True})):
+        decoded = images.decode(encode(picture, format_, **options))
+        assert decoded.dtype == np.uint8
+        assert np.array_equal(decoded, np.asarray(picture)), format_
+
+
+def test_greyscale_is_repeated_over_the_channels(picture):
+    grey = picture.convert("L")
+    for data in (encode(grey, "PNG"), encode(grey, "JPEG", quality=95)):
+        decoded = images.decode(data)
+        assert decoded.shape == (64, 96, 3)
+        assert (decoded == decoded[..., :1]).all()
+        assert close_to(decoded, grey, 1)
+
+
+def test_sixteen_bit_png_keeps_the_high_byte():
+    values = np.linspace(0, 65_535, 64 * 64).reshape(64, 64).astype(np.uint16)
+    decoded = images.decode(encode(Image.fromarray(values), "PNG"))
+    assert np.array_equal(decoded[..., 0], (values >> 8).astype(np.uint8))
+
+
+def test_cmyk_jpeg_is_converted(picture):
+    decoded = images.decode(encode(picture.convert("CMYK"), "JPEG", quality=95))
+    assert close_to(decoded, picture, 4)
+
+
+def test_transparency_is_laid_over_white(picture):
+    picture.putalpha(0)
+    assert (images.decode(encode(picture, "PNG")) == 255).all()
+
+
+def test_transparent_palette_is_laid_over_white(picture):
+    palette = picture.quantize(16)
+    palette.info["transparency"] = palette.getpixel((0, 0))
+    decoded = images.decode(encode(palette, "PNG", transparency=palette.getpixel((0, 0))))
+    assert (decoded[0, 0] == 255).all()
+    assert not (decoded == 255).all()
+
+
+def test_animated_gif_gives_its_first_frame(picture):
+    black = Image.new("RGB", picture.size)
+    data = encode(picture, "GIF", save_all=True, append_images=[black, black])
+    assert close_to(images.decode(data), picture, 12)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_applied(picture, orientation):
+    # What a camera held that way writes: the upright picture, turned by the inverse.
+    turned = {
+        1: picture,
+        2: picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT),
+        3: picture.transpose(Image.Transpose.ROTATE_180),
+        4: picture.transpose(Image.Transpose.FLIP_TOP_BOTTOM),
+        5: picture.transpose(Image.Transpose.TRANSPOSE),
+        6: picture.transpose(Image.Transpose.ROTATE_90),
+        7: picture.transpose(Image.Transpose.TRANSVERSE),
+        8: picture.transpose(Image.Transpose.ROTATE_270),
+    }[orientation]
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    decoded = images.decode(encode(turned, "JPEG", quality=95, exif=exif))
+    assert close_to(decoded, picture, 2)
+
+
+def test_resize_of_the_right_size_changes_nothing(samples):
+    image = images.decode((samples / "goldfish" / "val_68.JPEG").read_bytes())
+    assert images.resize(image, 64) is image
+
+
+@pytest.mark.parametrize(("width", "height"), [(200, 100), (100, 200), (301, 64), (50, 40)])
+def test_resize_takes_the_centre_of_the_shorter_side(width, height):
+    # Red left and top, blue right and bottom of a green centre square.
+    image = np.zeros((height, width, 3), np.uint8)
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    image[:top, :, 0] = image[:, :left, 0] = 255
+    image[top + side :, :, 2] = image[:, left + side :, 2] = 255
+    image[top : top + side, left : left + side] = (0, 255, 0)
+    resized = images.resize(image, 64)
+    assert resized.shape == (64, 64, 3)
+    assert (resized[2:-2, 2:-2] == (0, 255, 0)).all()
+
+
+def test_resize_is_antialiased():
+    checkerboard = (np.indices((512, 512)).sum(axis=0) % 2 * 255).astype(np.uint8)
+    resized = images.resize(np.stack([checkerboard] * 3, axis=2), 64)
+    assert np.abs(resized.astype(int) - 127.5).max() < 4
+
+
+BAD = {
+    "empty": (b"", "empty file"),
+    "text": (b"this is no picture\n" * 20, "not an image"),
+    "float tiff": (encode(Image.new("F", (8, 8)), "TIFF"), "floating-point"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_unusable_bytes_are_refused_in_one_line(case):
+    data, words = BAD[case]
+    with pytest.raises(ImageError, match=words) as caught:
+        images.load(data, size=64)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("side", "words"), [(30_000, "too large"), (10_000, "too large"), (100, "damaged")]
+)
+def test_bombs_and_pictures_cut_short_are_refused(png_of_size, side, words):
+    with pytest.raises(ImageError, match=words):
+        images.load(png_of_size(side, side), size=64)
+
+
+@pytest.mark.parametrize("keep", [3, 20, 300, 1000])
+def test_truncated_jpeg_is_refused_wherever_it_is_cut(photo, keep):
+    data = photo.read_bytes()
+    assert len(data) > 1100
+    with pytest.raises(ImageError):
+        images.load(data[:keep], size=64)
+
+
+def test_bomb_in_a_jpeg_header_is_refused_before_decoding(photo):
+    data = bytearray(photo.read_bytes())
+    start = data.index(b"\xff\xc0")  # frame header: length, precision, height, width
+    data[start + 5 : start + 9] = struct.pack(">HH", 60_000, 60_000)
+    with pytest.raises(ImageError, match="too large"):
+        images.decode(bytes(data))
+
+
+def test_missing_file_and_folder_are_image_errors(tmp_path):
+    with pytest.raises(ImageError, match="cannot read: No such file"):
+        images.load(tmp_path / "nothing.jpg", size=64)
+    with pytest.raises(ImageError, match="cannot read: Is a directory"):
+        images.load(tmp_path, size=64)

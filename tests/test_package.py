@@ -1,0 +1,36 @@
+"""What the package is made of: public names, and what importing it brings."""
+
+import pkgutil
+import subprocess
+import sys
+
+import tinyserve
+
+
+def run(code: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+
+
+def test_public_names():
+    assert tinyserve.__all__ == ["Classifier", "Prediction", "Result", "TinyserveError"]
+    assert all(hasattr(tinyserve, name) for name in tinyserve.__all__)
+
+
+def test_every_module_imports_without_torch_training_and_gradio():
+    modules = [f"tinyserve.{module.name}" for module in pkgutil.iter_modules(tinyserve.__path__)]
+    assert "tinyserve.cli" in modules
+    forbidden = ["torch", "torchvision", "training", "gradio", "onnx", "matplotlib", "fastapi"]
+    code = (
+        "import sys, importlib\n"
+        f"for name in {forbidden}: sys.modules[name] = None  # importing it raises ImportError\n"
+        f"for name in {modules}: importlib.import_module(name)\n"
+    )
+    result = run(code)
+    assert result.returncode == 0, result.stderr
+
+
+def test_importing_tinyserve_brings_neither_torch_nor_gradio():
+    result = run("import sys, tinyserve; print(*sys.modules)")
+    names = result.stdout.split()
+    assert "onnxruntime" in names
+    assert not {"torch", "gradio", "onnx", "training"} & set(names)

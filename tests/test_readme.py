@@ -1,0 +1,77 @@
+"""What README.md says is true."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tinyserve.cli import _parser
+from tinyserve.engine import read_card
+from tinyserve.modelfile import installed_models
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_table_of_models_is_what_the_files_say():
+    rows = re.findall(
+        r"^\| `(\w+)` \| ([\d.]+) M \| ([\d.]+) \| ([\d.]+) \| (\d+) \|", README, re.M
+    )
+    written = {name: values for name, *values in rows}
+    expected = {}
+    for name, path in installed_models().items():
+        card = read_card(path)
+        expected[name] = [
+            f"{card.parameters / 1e6:.2f}",
+            f"{100 * card.training.val_top1:.2f}",
+            f"{100 * card.training.val_top5:.2f}",
+            str(card.training.epochs),
+        ]
+    assert written == expected
+
+
+def test_the_python_example_runs():
+    (example,) = re.findall(r"```python\n(.*?)```", README, re.S)
+    run = subprocess.run(
+        [sys.executable, "-c", example], capture_output=True, text=True, cwd=ROOT, timeout=60
+    )
+    assert run.returncode == 0, run.stderr
+    assert len(run.stdout.splitlines()) == 5
+
+
+def test_the_file_tree_names_files_that_exist():
+    tree = README.split("## Where things are")[1]
+    names = re.findall(r"^(  )?([\w/.]+(?: \w+\.py)*)  ", tree, re.M)
+    folder = ROOT
+    assert len(names) > 20
+    for indent, entry in names:
+        for name in entry.split():
+            path = (folder if indent else ROOT) / name
+            assert path.exists(), name
+        if not indent and entry.endswith("/"):
+            folder = ROOT / entry
+
+
+def test_every_command_is_in_the_readme():
+    (subparsers,) = (a for a in _parser()._actions if a.dest == "==SUPPRESS==" or a.choices)
+    for command in subparsers.choices:
+        assert f"tinyserve {command}" in README
+
+
+def test_two_commands_are_all_a_fresh_machine_needs():
+    commands = [line for line in README.splitlines() if line.startswith("python3 -m venv ")]
+    assert len(commands) == 2
+    assert "tinyserve classify samples/" in commands[0]
+    assert "pytest" in commands[1]
+
+
+@pytest.mark.parametrize("module", ["training.fit", "training.export"])
+def test_help_of_the_training_commands_is_there(module):
+    pytest.importorskip("torch")
+    run = subprocess.run(
+        [sys.executable, "-m", module, "--help"], capture_output=True, text=True, cwd=ROOT
+    )
+    assert run.returncode == 0
+    assert f"python -m {module}" in run.stdout

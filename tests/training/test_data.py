@@ -1,0 +1,505 @@
+import contextlib
+import hashlib
+import http.server
+import io
+import os
+import shutil
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tinyserve import images
+from tinyserve.errors import DataError
+from tinyserve.modelfile import Label
+from training import data
+
+CACHE = ".tinyserve-cache"
+
+
+def overwrite_unnoticed(path: Path, content: bytes) -> None:
+    """Other bytes under the same name, size and time."""
+    before = path.stat()
+    path.write_bytes(content[: before.st_size].ljust(before.st_size, b"\0"))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def damage(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:300])
+
+
+# What is read
+
+
+def test_class_folders(folders):
+    dataset = data.load(folders)
+    assert dataset.name == "photos"
+    assert dataset.classes == tuple(Label(None, name) for name in ("amber", "jade", "violet"))
+    assert dataset.train.images.shape == (6, 64, 64, 3)
+    assert dataset.train.images.dtype == np.uint8
+    assert dataset.train.labels.dtype == np.int64
+    assert dataset.train.labels.tolist() == [0, 0, 1, 1, 2, 2]
+    assert dataset.val.labels.tolist() == [0, 1, 2]
+    assert len(dataset.val) == 3
+
+
+def test_pixels_are_those_that_are_served(folders, make_picture):
+    wide = make_picture(folders / "train" / "jade" / "wide.jpg", (40, 160, 90), 9, (160, 96))
+    dataset = data.load(folders)
+    # amber/0, amber/1, jade/0, jade/1, jade/wide
+    assert np.array_equal(dataset.train.images[4], images.load(wide, size=64))
+    assert np.array_equal(
+        dataset.train.images[1], images.load(folders / "train" / "amber" / "1.jpg", size=64)
+    )
+
+
+def test_images_are_found_in_folders_below_a_class(folders, make_picture):
+    make_picture(folders / "train" / "jade" / "more" / "deep" / "1.jpg", (40, 160, 90), 1)
+    (folders / "train" / "jade" / "notes.txt").write_text("not a picture")
+    assert data.load(folders).train.labels.tolist() == [0, 0, 1, 1, 1, 2, 2]
+
+
+def test_the_shape_of_tiny_imagenet(tiny_shaped):
+    dataset = data.load(tiny_shaped)
+    # Sorted by wnid, whatever the order of wnids.txt; the first of the synonyms; the wnid where
+    # words.txt has none.
+    assert dataset.classes == (Label("n01", "n01"), Label("n02", "jade"), Label("n03", "amber"))
+    assert dataset.train.labels.tolist() == [0, 0, 1, 1, 2, 2]
+    # val_0, val_2, val_10: numeric order, labelled by the annotations.
+    assert dataset.val.labels.tolist() == [1, 2, 0]
+    for i, name in enumerate(("val_0", "val_2", "val_10")):
+        path = tiny_shaped / "val" / "images" / f"{name}.JPEG"
+        assert np.array_equal(dataset.val.images[i], images.load(path, size=64))
+
+
+def test_a_greyscale_jpeg_has_three_equal_channels(folders):
+    path = folders / "train" / "amber" / "0.jpg"
+    with Image.open(path) as image:
+        grey = image.convert("L")
+    grey.save(path)
+    with Image.open(path) as image:
+        assert image.mode == "L"
+        decoded = np.asarray(image)
+    first = data.load(folders).train.images[0]
+    assert np.array_equal(first, decoded[..., None].repeat(3, axis=2))
+
+
+def test_another_size_is_stored_beside_the_first(folders):
+    assert data.load(folders, image_size=64).train.images.shape == (6, 64, 64, 3)
+    assert data.load(folders, image_size=32).train.images.shape == (6, 32, 32, 3)
+    assert data.load(folders, image_size=64).train.images.shape == (6, 64, 64, 3)
+
+
+def test_copies_have_the_same_fingerprint_and_other_data_another(folders, tmp_path):
+    copy = tmp_path / "copy" / "photos"
+    shutil.copytree(folders, copy, copy_function=shutil.copyfile)  # with new times
+    original = data.load(folders).fingerprint
+    assert data.load(copy).fingerprint == original
+    (copy / "train" / "amber" / "0.jpg").rename(copy / "train" / "jade" / "00.jpg")
+    assert data.load(copy).fingerprint != original
+
+
+# The cache
+
+
+def test_a_second_load_reads_no_picture(folders):
+    first = data.load(folders)
+    pixels = first.train.images.copy()
+    for path in folders.rglob("*.jpg"):
+        overwrite_unnoticed(path, b"no picture any more")
+    again = data.load(folders)
+    assert np.array_equal(again.train.images, pixels)
+    assert np.array_equal(again.val.images, first.val.images)
+
+
+def test_a_changed_picture_is_read_again(folders, make_picture):
+    before = data.load(folders).train.images.copy()
+    make_picture(folders / "train" / "amber" / "1.jpg", (0, 0, 255), 99)
+    after = data.load(folders).train.images
+    assert not np.array_equal(after[1], before[1])
+    assert np.array_equal(np.delete(after, 1, axis=0), np.delete(before, 1, axis=0))
+
+
+def test_training_cannot_write_into_the_cache(folders):
+    data.load(folders).train.images[:] = 0
+    assert data.load(folders).train.images.any()
+
+
+def test_a_decode_that_was_killed_leaves_nothing_that_is_taken_for_whole(folders, make_picture):
+    root = Path(data.__file__).parents[1]
+    # A pipe that nobody writes to: the decode of this "picture" never ends.
+    pipe = folders / "train" / "violet" / "9.jpg"
+    os.mkfifo(pipe)
+    program = "import sys, pathlib; from training import data; data.load(pathlib.Path(sys.argv[1]))"
+    process = subprocess.Popen([sys.executable, "-c", program, str(folders)], cwd=root)
+    try:
+        deadline = time.monotonic() + 60
+        while not list((folders / CACHE).glob("train-*.partial")):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.02)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert list((folders / CACHE).glob("*.npy")) == []
+    pipe.unlink()
+    make_picture(pipe, (120, 60, 180), 5)
+    assert np.array_equal(data.load(folders).train.images[6], images.load(pipe, size=64))
+
+
+def test_a_cut_off_partial_array_is_not_used(folders):
+    pixels = data.load(folders).train.images.copy()
+    (array,) = (folders / CACHE).glob("train-*.npy")
+    array.with_name(f"{array.name}.1.partial").write_bytes(array.read_bytes()[:5000])
+    array.unlink()
+    assert np.array_equal(data.load(folders).train.images, pixels)
+
+
+def test_where_no_cache_can_be_made_beside_the_data_it_is_the_users(
+    folders, tmp_path, monkeypatch
+):
+    # A link that leads nowhere: no folder can be made of that name, not even by root.
+    (folders / CACHE).symlink_to(tmp_path / "nowhere" / "cache")
+    check_user_cache(folders, tmp_path, monkeypatch)
+
+
+def test_a_folder_that_is_read_only_is_cached_in_the_users_cache(folders, tmp_path, monkeypatch):
+    if os.geteuid() == 0:
+        pytest.skip("root may write to read-only folders: run the tests as another user")
+    folders.chmod(0o555)
+    try:
+        check_user_cache(folders, tmp_path, monkeypatch)
+    finally:
+        folders.chmod(0o755)
+
+
+def check_user_cache(folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    pixels = data.load(folders).train.images.copy()
+    assert len(list((tmp_path / "xdg" / "tinyserve").glob("*.npy"))) == 2
+    assert not (folders / CACHE).exists()
+    for path in folders.rglob("*.jpg"):
+        overwrite_unnoticed(path, b"no picture any more")
+    assert np.array_equal(data.load(folders).train.images, pixels)
+
+
+# Damage
+
+
+def test_a_damaged_picture_stops_with_its_name_and_their_number(folders):
+    path = folders / "train" / "jade" / "1.jpg"
+    damage(path)
+    for _ in range(2):  # decoding, and from the cache
+        with pytest.raises(DataError, match="1 of 6 train images cannot be read") as caught:
+            data.load(folders)
+        assert str(path) in str(caught.value)
+        assert "--skip-bad" in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+
+def test_only_the_first_few_of_many_damaged_pictures_are_named(folders):
+    for path in (folders / "train").rglob("*.jpg"):
+        damage(path)
+    with pytest.raises(DataError, match="6 of 6 train images") as caught:
+        data.load(folders)
+    assert str(caught.value).count(".jpg") == 5
+
+
+def test_skip_bad_goes_on_without_them_and_counts(folders, capsys):
+    whole = data.load(folders)
+    damage(folders / "train" / "jade" / "0.jpg")
+    damage(folders / "val" / "amber" / "0.jpg")
+    for _ in range(2):
+        dataset = data.load(folders, skip_bad=True)
+        assert dataset.train.labels.tolist() == [0, 0, 1, 2, 2]
+        assert np.array_equal(dataset.train.images, whole.train.images[[0, 1, 3, 4, 5]])
+        assert dataset.val.labels.tolist() == [1, 2]
+        said = capsys.readouterr().err
+        assert str(folders / "train" / "jade" / "0.jpg") in said
+        assert "skipped 1 of 6 train images" in said
+        assert "skipped 1 of 3 val images" in said
+
+
+def test_skip_bad_does_not_go_on_without_any_image(folders):
+    for path in (folders / "val").rglob("*.jpg"):
+        damage(path)
+    with pytest.raises(DataError, match="val images"):
+        data.load(folders, skip_bad=True)
+
+
+def test_a_link_to_a_missing_picture_is_a_damaged_one(folders, capsys):
+    link = folders / "train" / "amber" / "2.jpg"
+    link.symlink_to(folders / "moved.jpg")
+    with pytest.raises(DataError, match="1 of 7 train images") as caught:
+        data.load(folders)
+    assert str(link) in str(caught.value)
+    assert len(data.load(folders, skip_bad=True).train) == 6
+    assert "skipped 1 of 7" in capsys.readouterr().err
+
+
+def no_folder(root: Path) -> None:
+    shutil.rmtree(root)
+
+
+def no_val(root: Path) -> None:
+    shutil.rmtree(root / "val")
+
+
+def no_train(root: Path) -> None:
+    shutil.rmtree(root / "train")
+
+
+def no_classes(root: Path) -> None:
+    shutil.rmtree(root / "train")
+    (root / "train").mkdir()
+    (root / "train" / "loose.jpg").write_bytes(b"")
+
+
+def no_pictures_in_val(root: Path) -> None:
+    for path in (root / "val").rglob("*.jpg"):
+        path.unlink()
+
+
+def no_pictures_in_train(root: Path) -> None:
+    for path in (root / "train").rglob("*.jpg"):
+        path.rename(path.with_suffix(".txt"))
+
+
+def unknown_class(root: Path) -> None:
+    (root / "val" / "jade").rename(root / "val" / "emerald")
+
+
+@pytest.mark.parametrize(
+    ("break_it", "words"),
+    [
+        (no_folder, "no such folder"),
+        (no_val, "no folder val/"),
+        (no_train, "no folder train/"),
+        (no_classes, "no class folders"),
+        (no_pictures_in_val, "no images in .*val"),
+        (no_pictures_in_train, "no images in .*train"),
+        (unknown_class, "not a class of train/: 'emerald'"),
+    ],
+)
+def test_what_cannot_be_understood_is_said_in_one_line(folders, break_it, words):
+    break_it(folders)
+    with pytest.raises(DataError, match=words) as caught:
+        data.load(folders)
+    assert str(folders) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_unknown_wnid_in_the_annotations_is_refused(tiny_shaped):
+    path = tiny_shaped / "val" / "val_annotations.txt"
+    path.write_text(path.read_text().replace("n02", "n77"))
+    with pytest.raises(DataError, match="not a class of train/: 'n77'"):
+        data.load(tiny_shaped)
+
+
+def test_a_val_picture_without_annotation_is_refused(tiny_shaped, make_picture):
+    make_picture(tiny_shaped / "val" / "images" / "val_3.JPEG", (0, 0, 0), 1)
+    with pytest.raises(DataError, match="not a class"):
+        data.load(tiny_shaped)
+
+
+# The download
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """Serves one file, understands Range, and can be told to misbehave."""
+
+    daemon_threads = True
+
+    def __init__(self, content: bytes) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.content = content
+        self.ranges: list[str | None] = []
+        self.cut_after: int | None = None
+        """Hang up after so many bytes of the next answer."""
+        self.reset = False
+        """Hang up with a reset rather than in order."""
+        self.understands_range = True
+        self.url = f"http://127.0.0.1:{self.server_port}/archive.zip"
+
+
+class _Handler(http.server.BaseHTTPRequestHandler):
+    server: Server
+
+    def do_GET(self) -> None:  # noqa: N802 (http.server wants this name)
+        server = self.server
+        wanted = self.headers["Range"]
+        server.ranges.append(wanted)
+        body = server.content
+        if not self.path.endswith("archive.zip"):
+            self.send_error(404)
+            return
+        if wanted and server.understands_range:
+            start = int(wanted.removeprefix("bytes=").removesuffix("-"))
+            self.send_response(206)
+            self.send_header("Content-Range", f"bytes {start}-{len(body) - 1}/{len(body)}")
+            body = body[start:]
+        else:
+            self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if server.cut_after is None:
+            self.wfile.write(body)
+            return
+        self.wfile.write(body[: server.cut_after])
+        self.wfile.flush()
+        server.cut_after = None
+        if server.reset:
+            time.sleep(0.2)  # a reset overtakes what was sent just before
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            self.connection.close()
+
+    def log_message(self, *_arguments: object) -> None:
+        pass
+
+
+def zip_of(root_name: str, *, extra: int = 0) -> bytes:
+    """A zip of two files in a folder, one of them of ``extra`` bytes that do not compress."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as bundle:
+        bundle.writestr(f"{root_name}/wnids.txt", "n01\n")
+        noise = np.random.default_rng(0).integers(0, 256, extra, dtype=np.uint8).tobytes()
+        bundle.writestr(f"{root_name}/train/noise.bin", noise)
+    return buffer.getvalue()
+
+
+ARCHIVE = zip_of("photos", extra=5_000_000)
+EXPECTED = {"md5": hashlib.md5(ARCHIVE).hexdigest(), "size": len(ARCHIVE)}
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    monkeypatch.setenv("no_proxy", "*")  # a proxy of the machine knows nothing of this server
+    with Server(ARCHIVE) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+        thread.start()
+        try:
+            yield server
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+@pytest.fixture
+def target(tmp_path: Path) -> Path:
+    """Where to download to; the folder above it does not exist either."""
+    return tmp_path / "data" / "photos"
+
+
+def check_complete(target: Path) -> None:
+    assert (target / "wnids.txt").read_text() == "n01\n"
+    assert (target / "train" / "noise.bin").stat().st_size == 5_000_000
+    assert os.listdir(target.parent) == [target.name]  # neither archive nor half a folder is left
+
+
+def test_download_unpacks_and_leaves_nothing_else(server, target):
+    data.download(target, url=server.url, **EXPECTED)
+    check_complete(target)
+    assert server.ranges == [None]
+
+
+@pytest.mark.parametrize("reset", [False, True])
+def test_download_goes_on_where_the_connection_was_cut(server, target, reset):
+    server.cut_after, server.reset = 3_500_000, reset
+    with pytest.raises(DataError) as caught:
+        data.download(target, url=server.url, **EXPECTED)
+    assert "\n" not in str(caught.value)
+    assert not target.exists()
+    (part,) = target.parent.iterdir()
+    have = part.stat().st_size
+    assert 1_000_000 < have <= 3_500_000
+    data.download(target, url=server.url, **EXPECTED)
+    check_complete(target)
+    assert server.ranges == [None, f"bytes={have}-"]
+
+
+def test_download_starts_over_where_the_server_cannot_go_on(server, target):
+    target.parent.mkdir()
+    target.with_name("photos.zip.part").write_bytes(b"of an earlier download")
+    server.understands_range = False
+    data.download(target, url=server.url, **EXPECTED)
+    check_complete(target)
+
+
+@pytest.mark.parametrize("size", [EXPECTED["size"], EXPECTED["size"] - 1])
+def test_a_file_with_another_checksum_is_refused_and_removed(server, target, size):
+    with pytest.raises(DataError, match="not the file expected"):
+        data.download(target, url=server.url, md5="0" * 32, size=size)
+    assert list(target.parent.iterdir()) == []
+
+
+def test_a_download_damaged_on_the_way_is_refused_and_the_next_is_whole(server, target):
+    target.parent.mkdir()
+    target.with_name("photos.zip.part").write_bytes(b"of another file altogether")
+    with pytest.raises(DataError, match="not the file expected"):
+        data.download(target, url=server.url, **EXPECTED)
+    data.download(target, url=server.url, **EXPECTED)
+    check_complete(target)
+
+
+def test_offline_is_said_at_once_with_the_folder_that_would_do(target, monkeypatch):
+    monkeypatch.setenv("no_proxy", "*")
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]  # free again, and closed, at the end of this block
+    began = time.monotonic()
+    with pytest.raises(DataError, match="cannot download") as caught:
+        data.download(target, url=f"http://127.0.0.1:{port}/archive.zip", **EXPECTED)
+    assert time.monotonic() - began < 5
+    assert "\n" not in str(caught.value)
+    assert str(target) in str(caught.value)
+    assert "--data" in str(caught.value)
+    assert not target.exists()
+
+
+def test_a_server_that_says_nothing_is_given_up(target, monkeypatch):
+    monkeypatch.setenv("no_proxy", "*")
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}/archive.zip"
+        with pytest.raises(DataError, match="timed out"):
+            data.download(target, url=url, **EXPECTED, timeout=0.3)
+
+
+def test_a_server_without_the_file_is_an_error_of_one_line(server, target):
+    with pytest.raises(DataError, match="Not Found"):
+        data.download(target, url=server.url + "x", **EXPECTED)
+    assert not target.exists()
+
+
+def test_half_an_unpacked_folder_never_has_the_name(server, target):
+    broken = bytearray(ARCHIVE)
+    broken[len(broken) // 2] ^= 1  # found only while it is unpacked, after the first file
+    server.content = bytes(broken)
+    expected = {"md5": hashlib.md5(broken).hexdigest(), "size": len(broken)}
+    with pytest.raises((DataError, zipfile.BadZipFile)):
+        data.download(target, url=server.url, **expected)
+    assert not target.exists()
+    # What is left of it does not get into the next try.
+    with contextlib.suppress(FileNotFoundError):
+        target.with_name("photos.zip.part").unlink()
+    stray = target.with_name("photos.unpacking") / "photos" / "stray.txt"
+    stray.parent.mkdir(parents=True, exist_ok=True)
+    stray.write_text("of an earlier try")
+    server.content = ARCHIVE
+    data.download(target, url=server.url, **EXPECTED)
+    check_complete(target)
+    assert not (target / "stray.txt").exists()
+
+
+def test_data_that_is_there_is_not_downloaded(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    data.DEFAULT_ROOT.mkdir(parents=True)
+    assert data.locate(None) == data.DEFAULT_ROOT
+    assert data.locate(tmp_path / "mine") == tmp_path / "mine"

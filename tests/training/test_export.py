@@ -1,0 +1,316 @@
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+import torch
+
+from tinyserve import images
+from tinyserve.classifier import Classifier
+from tinyserve.dataset import find_inputs
+from tinyserve.engine import Engine, read_card
+from tinyserve.errors import GateError
+from tinyserve.images import RESIZE_RULE
+from tinyserve.modelfile import METADATA_KEY, ModelCard
+from training import checkpoint, data, export
+from training.evaluate import ServedNetwork
+from training.models import count_parameters
+
+ROOT = Path(export.__file__).parents[1]
+
+
+def served_network(weights: checkpoint.Weights, **changes: torch.Tensor) -> ServedNetwork:
+    return ServedNetwork(
+        weights.network(),
+        changes.get("mean", weights.mean),
+        changes.get("std", weights.std),
+        image_size=weights.image_size,
+        crop=weights.crop,
+    ).eval()
+
+
+def check_one_line(capsys: pytest.CaptureFixture[str], words: str) -> None:
+    said = [
+        line
+        for line in capsys.readouterr().err.splitlines()
+        if not line.startswith(("parity:", "note:"))
+    ]
+    assert len(said) == 1
+    assert said[0].startswith("training.export: ")
+    assert words in said[0]
+
+
+@pytest.fixture(scope="module")
+def exported(finished, run_module, tmp_path_factory) -> SimpleNamespace:
+    """The model file of the run ``finished``, alone in its folder, and what was said."""
+    folder = tmp_path_factory.mktemp("exported") / "models"
+    result = run_module("training.export", finished.folder, "-o", folder)
+    assert result.returncode == 0, result.stderr
+    return SimpleNamespace(
+        path=folder / "inception.onnx",
+        stdout=result.stdout,
+        stderr=result.stderr,
+        weights=checkpoint.load_weights(finished.folder),
+    )
+
+
+@pytest.fixture(scope="module")
+def pictures(photos) -> np.ndarray:
+    """The validation pictures as a model sees them, uint8 ``[30, 64, 64, 3]``."""
+    paths = sorted((photos / "val").rglob("*.jpg"))
+    return np.stack([images.load(path, size=64) for path in paths])
+
+
+# The file
+
+
+@pytest.mark.slow
+def test_the_file_is_alone_and_its_path_is_said(exported):
+    assert os.listdir(exported.path.parent) == ["inception.onnx"]
+    assert exported.stdout == f"{exported.path}\n"
+    assert "note:" not in exported.stderr
+    assert "Traceback" not in exported.stderr
+    assert "Warning" not in exported.stderr
+
+
+@pytest.mark.slow
+def test_the_file_is_valid_and_whole(exported):
+    model = onnx.load(exported.path, load_external_data=False)
+    onnx.checker.check_model(model, full_check=True)
+    assert {t.data_location for t in model.graph.initializer} == {onnx.TensorProto.DEFAULT}
+    assert {operator.domain for operator in model.opset_import} <= {"", "ai.onnx"}
+    assert exported.path.stat().st_size < 5_000_000
+
+
+@pytest.mark.slow
+def test_the_auxiliary_heads_are_not_in_the_file(exported):
+    model = onnx.load(exported.path)
+    numbers = sum(
+        int(np.prod(t.dims)) for t in model.graph.initializer if t.data_type == onnx.TensorProto.FLOAT
+    )
+    with_heads = count_parameters(exported.weights.network(), auxiliary=True)
+    assert numbers < with_heads - 50_000
+
+
+@pytest.mark.slow
+def test_the_graph_has_the_promised_input_and_output(exported):
+    session = ort.InferenceSession(exported.path, providers=["CPUExecutionProvider"])
+    (taken,), (given) = session.get_inputs(), session.get_outputs()
+    assert (taken.name, taken.type) == ("images", "tensor(uint8)")
+    assert isinstance(taken.shape[0], str)  # a name: any batch size
+    assert taken.shape[1:] == [64, 64, 3]
+    assert [(o.name, o.type, o.shape[1:]) for o in given] == [
+        ("probabilities", "tensor(float)", [3])
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("batch", [1, 2, 5, 30])
+def test_probabilities_are_those_of_pytorch_at_every_batch_size(exported, pictures, batch):
+    found = Engine(exported.path, device="cpu").run(pictures[:batch])
+    assert found.shape == (batch, 3)
+    assert found.dtype == np.float32
+    assert np.allclose(found.sum(axis=1), 1, atol=1e-5)
+    with torch.inference_mode():
+        expected = served_network(exported.weights)(torch.from_numpy(pictures[:batch])).numpy()
+    assert np.abs(found - expected).max() < 1e-4
+    assert np.ptp(expected[:, 0]) > 0.01 or batch < 5  # not the same answer to everything
+
+
+@pytest.mark.slow
+def test_the_card_says_what_the_run_was(exported, finished):
+    card = read_card(exported.path)
+    weights = exported.weights
+    result = json.loads((finished.folder / "result.json").read_text())
+    assert (card.architecture, card.precision) == ("inception", "fp32")
+    assert (card.image_size, card.crop) == (64, 64)
+    assert [label.name for label in card.labels] == ["amber", "jade", "violet"]
+    assert card.parameters == count_parameters(weights.network())
+    assert card.resize_rule == RESIZE_RULE
+    assert card.training == weights.training
+    assert card.training.val_top1 == result["single centre view"]["top1"]
+    parity = card.parity
+    assert parity.images == 90  # all validation pictures, filled up with training pictures
+    assert parity.batch_sizes == (1, 2, 32)
+    assert parity.top1_agreement == 1
+    assert 0 <= parity.max_difference <= 1e-4
+    assert parity.provider == "CPUExecutionProvider"
+    assert (parity.torch, parity.onnxruntime) == (torch.__version__, ort.__version__)
+
+
+@pytest.mark.slow
+def test_the_card_is_the_only_metadata(exported):
+    model = onnx.load(exported.path)
+    assert [entry.key for entry in model.metadata_props] == [METADATA_KEY]
+    assert ModelCard.from_json(model.metadata_props[0].value) == read_card(exported.path)
+
+
+@pytest.mark.slow
+def test_no_path_of_this_machine_is_in_the_file(exported, finished):
+    content = exported.path.read_bytes()
+    private = [ROOT, Path(sys.prefix), finished.folder.parent, finished.data.parent]
+    for path in [*private, *(path.resolve() for path in private)]:
+        assert os.fsencode(path) not in content
+    for word in (b"site-packages", b".py\"", b"training/models", b"torch/nn"):
+        assert word not in content
+
+
+@pytest.mark.slow
+def test_serving_is_as_accurate_as_the_run_says_to_the_image(exported, finished):
+    classifier = Classifier(str(exported.path), device="cpu")
+    results = list(classifier.classify_many(find_inputs([str(finished.data / "val")])))
+    assert len(results) == 30
+    assert all(result.label is not None for result in results)
+    score = json.loads((finished.folder / "result.json").read_text())["single centre view"]
+    assert sum(result.correct for result in results) == score["correct_top1"]
+    probabilities = Engine(exported.path, device="cpu").run(data.load(finished.data).val.images)
+    labels = data.load(finished.data).val.labels
+    loss = -np.log(probabilities[np.arange(30), labels]).mean()
+    assert loss == pytest.approx(score["loss"], abs=1e-4)
+
+
+@pytest.mark.slow
+def test_nobody_else_can_tell_the_file_was_written_twice(exported):
+    """The card with the gate's result replaces the one without: nothing of the first is left."""
+    assert exported.path.read_bytes().count(b'"architecture"') == 1
+
+
+# The gate
+
+
+@pytest.mark.slow
+def test_the_gate_passes_what_is_the_same(exported, pictures):
+    parity = export.check_parity(exported.path, served_network(exported.weights), pictures)
+    assert parity.images == 30
+    assert parity.top1_agreement == 1
+    assert parity.max_difference <= export.MAX_DIFFERENCE
+
+
+@pytest.mark.slow
+def test_the_gate_stops_another_top1(exported, pictures):
+    # As if the exporter had lost the normalisation.
+    other = served_network(exported.weights, mean=exported.weights.mean + 150)
+    with pytest.raises(GateError, match="the same top-1") as caught:
+        export.check_parity(exported.path, other, pictures)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.slow
+def test_the_gate_stops_a_small_difference_with_the_same_top1(exported, pictures):
+    # The clearest answer of all, so that only its probability changes.
+    clearest = Engine(exported.path, device="cpu").run(pictures).max(axis=1).argsort()[-3:]
+    other = served_network(exported.weights, std=exported.weights.std * 1.05)
+    with pytest.raises(GateError, match="a probability differs"):
+        export.check_parity(exported.path, other, pictures[clearest])
+
+
+@pytest.mark.slow
+def test_the_gate_stops_what_is_not_a_number(exported, pictures):
+    other = served_network(exported.weights, std=exported.weights.std * float("nan"))
+    with pytest.raises(GateError):
+        export.check_parity(exported.path, other, pictures)
+
+
+@pytest.mark.slow
+def test_a_file_that_fails_the_gate_is_not_left(small_run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(export, "MAX_DIFFERENCE", -1)
+    output = tmp_path / "models"
+    assert export.main([str(small_run), "-o", str(output)]) == 4
+    check_one_line(capsys, "a probability differs")
+    assert list(output.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_an_older_file_outlives_one_that_fails_the_gate(small_run, tmp_path, monkeypatch):
+    older = tmp_path / "baseline.onnx"
+    older.write_bytes(b"of an earlier run")
+    before = set(tmp_path.iterdir())
+    monkeypatch.setattr(export, "MAX_DIFFERENCE", -1)
+    assert export.main([str(small_run), "-o", str(tmp_path)]) == 4
+    assert older.read_bytes() == b"of an earlier run"
+    assert set(tmp_path.iterdir()) == before
+
+
+@pytest.mark.slow
+def test_a_file_that_passes_the_gate_replaces_the_older_one(small_run, tmp_path, photos, capsys):
+    (tmp_path / "baseline.onnx").write_bytes(b"of an earlier run")
+    before = set(tmp_path.iterdir())
+    assert export.main([str(small_run), "-o", str(tmp_path)]) == 0
+    assert set(tmp_path.iterdir()) == before
+    # A mean image and a crop: what is computed is still what PyTorch computes.
+    card = read_card(tmp_path / "baseline.onnx")
+    assert (card.image_size, card.crop) == (16, 12)
+    pixels = data.load(photos, image_size=16).val.images
+    found = Engine(tmp_path / "baseline.onnx", device="cpu").run(pixels)
+    with torch.inference_mode():
+        served = served_network(checkpoint.load_weights(small_run))
+        assert np.abs(served(torch.from_numpy(pixels)).numpy() - found).max() < 1e-4
+    # The fingerprint in these weights is of no data at all.
+    assert f"note: {photos} is not the data" in capsys.readouterr().err
+
+
+def test_the_gates_pictures_are_spread_over_the_validation_split(
+    small_weights, photos, monkeypatch
+):
+    dataset = data.load(photos, image_size=16)
+    monkeypatch.setattr(export, "GATE_IMAGES", 4)
+    chosen = export.gate_images(photos, small_weights)
+    assert np.array_equal(chosen, dataset.val.images[[0, 10, 19, 29]])
+    monkeypatch.setattr(export, "GATE_IMAGES", 32)
+    chosen = export.gate_images(photos, small_weights)
+    assert np.array_equal(chosen[:30], dataset.val.images)
+    assert np.array_equal(chosen[30:], dataset.train.images[[0, 59]])
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("break_it", "words"),
+    [
+        (lambda run: shutil.rmtree(run), "no such run"),
+        (lambda run: (run / "weights.pt").unlink(), "is no training run"),
+        (lambda run: (run / "weights.pt").rename(run / "checkpoint.pt"), "has not finished"),
+        (lambda run: (run / "weights.pt").write_text("no weights"), "damaged"),
+        (lambda run: os.truncate(run / "weights.pt", 5000), "damaged"),
+    ],
+    ids=["no folder", "no run", "unfinished", "text", "cut short"],
+)
+def test_what_is_no_finished_run_is_one_line(small_run, tmp_path, capsys, break_it, words):
+    break_it(small_run)
+    output = tmp_path / "models"
+    assert export.main([str(small_run), "-o", str(output)]) == 1
+    check_one_line(capsys, words)
+    assert not output.exists()
+
+
+def test_data_that_is_not_there_is_one_line(small_run, tmp_path, capsys):
+    output = tmp_path / "models"
+    arguments = [str(small_run), "-o", str(output), "--data", str(tmp_path / "nothing")]
+    assert export.main(arguments) == 1
+    check_one_line(capsys, "no such folder")
+    assert not output.exists()
+
+
+@pytest.mark.slow
+def test_an_output_that_is_a_file_is_one_line(small_run, tmp_path, capsys):
+    output = tmp_path / "models"
+    output.write_text("a file")
+    assert export.main([str(small_run), "-o", str(output)]) == 2
+    check_one_line(capsys, "cannot write")
+    assert output.read_text() == "a file"
+
+
+@pytest.mark.slow
+def test_a_folder_in_the_place_of_the_file_is_one_line(small_run, tmp_path, capsys):
+    output = tmp_path / "models"
+    (output / "baseline.onnx").mkdir(parents=True)
+    assert export.main([str(small_run), "-o", str(output)]) == 2
+    check_one_line(capsys, "cannot write")
+    assert os.listdir(output) == ["baseline.onnx"]  # no candidate
