@@ -150,7 +150,7 @@ def test_bad_inputs_are_named_and_good_ones_beside_them_classified(
     assert summary["top1"] is None
 
 
-def test_failed_inputs_count_as_wrong(samples, tmp_path):
+def test_failed_inputs_count_as_wrong(tmp_path):
     folder = tmp_path / "goldfish"
     folder.mkdir()
     (folder / "broken.jpg").write_text("no picture")

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from training import augment
 
-BATCH = 256
+BATCH = 64
 
 
 class ServedNetwork(nn.Module):

@@ -222,6 +222,8 @@ def _configure(arguments: argparse.Namespace) -> tuple[Config, torch.device]:
     recipe = dataclasses.replace(RECIPES[arguments.recipe](arguments.arch), **overrides)
     if arguments.limit_train is not None and arguments.limit_train < 1:
         raise UsageError("--limit-train must be at least 1")
+    if not 0 <= arguments.seed < 2**64:
+        raise UsageError("--seed must be from 0 to 2^64 - 1")
     device = _device(arguments.device)
     config = Config(
         arch=arguments.arch,

@@ -131,11 +131,11 @@ def modern(arch: str) -> Recipe:
     )
 
 
-_CPU_EPOCHS = {"baseline": 4, "alexnet": 1, "inception": 2, "resnet20": 4}
+_CPU_EPOCHS = {"baseline": 3, "alexnet": 1, "inception": 2, "resnet20": 4}
 _CPU_LR = {"baseline": 0.02, "alexnet": 0.05, "inception": 0.2, "resnet20": 0.2}
 _CPU_SIZES = {
     "baseline": ((0.0, 56),),
-    "alexnet": ((0.0, 32), (0.92, 56)),
+    "alexnet": ((0.0, 24), (0.92, 56)),
     "inception": ((0.0, 24), (0.75, 32), (0.96, 48)),
     "resnet20": ((0.0, 24), (0.55, 32), (0.92, 48)),
 }

@@ -61,7 +61,10 @@ class Run:
                 f"{folder} holds a run already: --resume goes on with it, --out names another"
             )
         else:
-            folder.mkdir(parents=True, exist_ok=True)
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise UsageError(f"cannot make the folder {folder}: {error.strerror}") from error
             document = {
                 **self._identity,
                 "data": str(dataset.root.resolve()),

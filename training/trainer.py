@@ -1,5 +1,6 @@
 """A network, its optimizer and its data on one device, trained step by step."""
 
+import math
 import time
 from typing import Any
 
@@ -8,12 +9,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from tinyserve.errors import UsageError
 from training import augment
 from training.data import Dataset
 from training.evaluate import Score, view_accuracy
 from training.models import ARCHS
 from training.recipes import Recipe
 from training.run import Config, Row
+
+CPU_PIXELS = 64 * 64 * 64
+"""On a CPU a batch goes through the network in equal parts of at most this many pixels, 64 images
+of 64 x 64: so much keeps the activations below 4 GB, and larger parts are no faster. Batch norm
+then takes its statistics from a part."""
 
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -49,6 +56,8 @@ class Trainer:
         )
         self.subset = _subset(len(self.labels), config.limit_train, device)
         self.batch_size = min(recipe.batch_size, len(self.subset))
+        if self.batch_size == 1:
+            raise UsageError("batch norm needs batches of at least 2 images")
         self.steps_per_epoch = len(self.subset) // self.batch_size
         self.steps = recipe.epochs * self.steps_per_epoch
         self.mean, self.std = pixel_statistics(
@@ -94,15 +103,20 @@ class Trainer:
             group["lr"] = self.lr
 
         torch.manual_seed(_mix(self.config.seed, 1, self.step))
-        x, y = self._batch(indices)
         self.model.train()
-        with torch.autocast(
-            self.device.type, self.precision, enabled=self.precision != torch.float32
-        ):
-            outputs = self.model(x)
-        loss, logits = _loss(outputs, y, recipe)
         self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(loss).backward()
+        sums = torch.zeros_like(self._sums)
+        for part in indices.chunk(self._parts()):
+            x, y = self._batch(part)
+            with torch.autocast(
+                self.device.type, self.precision, enabled=self.precision != torch.float32
+            ):
+                outputs = self.model(x)
+            loss, logits = _loss(outputs, y, recipe)
+            loss = loss * (len(part) / len(indices))
+            self.scaler.scale(loss).backward()
+            hits = (logits.detach().argmax(dim=1) == y).sum()
+            sums += torch.stack([loss.detach().double(), hits.double()])
         self.scaler.unscale_(self.optimizer)
         nn.utils.clip_grad_norm_(self.model.parameters(), recipe.clip_norm)
         self.scaler.step(self.optimizer)
@@ -110,10 +124,9 @@ class Trainer:
         if self.average is not None:
             self.average.update_parameters(self.model)
 
-        hits = (logits.detach().argmax(dim=1) == y).sum()
-        self._sums += torch.stack([loss.detach().double(), hits.double()])
+        self._sums += sums
         self.step += 1
-        return loss.detach()
+        return sums[0]
 
     def finish_epoch(self) -> Row:
         """Validate after an epoch's last step; returns its row of the history.
@@ -183,6 +196,11 @@ class Trainer:
         self._sums = torch.zeros(2, dtype=torch.float64, device=self.device)
         self._epoch_began = time.perf_counter()
         self._seconds_before = 0.0
+
+    def _parts(self) -> int:
+        if self.device.type != "cpu":
+            return 1
+        return math.ceil(self.batch_size * self.size**2 / CPU_PIXELS)
 
     def _permutation(self) -> Tensor:
         torch.manual_seed(_mix(self.config.seed, 2, self.step // self.steps_per_epoch))

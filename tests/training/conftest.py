@@ -67,7 +67,7 @@ def make_picture() -> Callable[..., Path]:
 
 @pytest.fixture
 def folders(tmp_path: Path) -> Path:
-    """Class folders of two training pictures and one validation picture each, free to be changed."""
+    """Two training pictures and one validation picture of each class, free to be changed."""
     return write_class_folders(tmp_path / "photos", train=2, val=1)
 
 
@@ -94,14 +94,14 @@ def tiny_shaped(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """60 training and 30 validation pictures, larger than what is stored; do not change them.
+    """27 training and 18 validation pictures, larger than what is stored; do not change them.
 
-    Six validation pictures are in the wrong folder, so that no network is right every time.
+    Four validation pictures are in the wrong folder, so that no network is right every time.
     """
     root = write_class_folders(
-        tmp_path_factory.mktemp("data") / "photos", train=20, val=10, size=(96, 80)
+        tmp_path_factory.mktemp("data") / "photos", train=9, val=6, size=(96, 80)
     )
-    for i in range(6):
+    for i in range(4):
         write_picture(root / "val" / "amber" / f"{i}.jpg", COLOURS["jade"], 2000 + i, (80, 96))
     return root
 
@@ -144,7 +144,7 @@ def start_module() -> Callable[..., subprocess.Popen[str]]:
 def fit_arguments(photos: Path) -> list[str]:
     """Four short epochs of a network with dropout, on random crops of growing size."""
     return (
-        f"--arch inception --recipe cpu --epochs 4 --batch-size 8 --lr 0.05 --data {photos} "
+        f"--arch inception --recipe cpu --epochs 4 --batch-size 4 --lr 0.05 --data {photos} "
         "--device cpu --precision fp32 --seed 7"
     ).split()
 
@@ -160,9 +160,7 @@ def finished(
     folder = tmp_path_factory.mktemp("runs") / "whole"
     result = run_module("training.fit", *fit_arguments, "--out", folder)
     assert result.returncode == 0, result.stderr
-    return SimpleNamespace(
-        folder=folder, data=photos, stdout=result.stdout, stderr=result.stderr
-    )
+    return SimpleNamespace(folder=folder, data=photos, stdout=result.stdout, stderr=result.stderr)
 
 
 @pytest.fixture
@@ -183,13 +181,13 @@ def small_weights() -> checkpoint.Weights:
         training=Training(
             dataset="photos",
             dataset_fingerprint="0" * 64,
-            train_images=60,
+            train_images=27,
             recipe="modern",
             epochs=1,
             seed=0,
             precision="fp32",
             commit=None,
-            val_images=30,
+            val_images=18,
             val_top1=0.5,
             val_top5=1.0,
         ),

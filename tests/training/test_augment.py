@@ -43,7 +43,9 @@ def test_whole_pixel_crops_are_slices_to_the_bit(pictures):
 
 
 def test_normalised_crops_are_slices_to_the_bit(pictures):
-    pixels = augment.normalise(pictures, torch.tensor([120.0, 110, 100]), torch.tensor([60.0, 50, 70]))
+    pixels = augment.normalise(
+        pictures, torch.tensor([120.0, 110, 100]), torch.tensor([60.0, 50, 70])
+    )
     boxes = augment.random_crops(8, 48, 64, 40, CPU)
     assert torch.equal(augment.extract(pixels, boxes, 40), slices(pixels, boxes))
 

@@ -130,6 +130,17 @@ def test_a_changed_picture_is_read_again(folders, make_picture):
     assert np.array_equal(np.delete(after, 1, axis=0), np.delete(before, 1, axis=0))
 
 
+def test_a_picture_changed_to_one_of_the_same_size_is_read_again(folders):
+    path = folders / "val" / "jade" / "9.bmp"  # not compressed: every colour is as long
+    Image.new("RGB", (64, 64), "red").save(path)
+    assert (data.load(folders).val.images[2] == (255, 0, 0)).all()
+    size, time_before = path.stat().st_size, path.stat().st_mtime_ns
+    Image.new("RGB", (64, 64), "blue").save(path)
+    os.utime(path, ns=(time_before, time_before + 1_000_000_000))
+    assert path.stat().st_size == size
+    assert (data.load(folders).val.images[2] == (0, 0, 255)).all()
+
+
 def test_training_cannot_write_into_the_cache(folders):
     data.load(folders).train.images[:] = 0
     assert data.load(folders).train.images.any()
@@ -164,9 +175,7 @@ def test_a_cut_off_partial_array_is_not_used(folders):
     assert np.array_equal(data.load(folders).train.images, pixels)
 
 
-def test_where_no_cache_can_be_made_beside_the_data_it_is_the_users(
-    folders, tmp_path, monkeypatch
-):
+def test_where_no_cache_can_be_made_beside_the_data_it_is_the_users(folders, tmp_path, monkeypatch):
     # A link that leads nowhere: no folder can be made of that name, not even by root.
     (folders / CACHE).symlink_to(tmp_path / "nowhere" / "cache")
     check_user_cache(folders, tmp_path, monkeypatch)
@@ -334,7 +343,7 @@ class Server(http.server.ThreadingHTTPServer):
 class _Handler(http.server.BaseHTTPRequestHandler):
     server: Server
 
-    def do_GET(self) -> None:  # noqa: N802 (http.server wants this name)
+    def do_GET(self) -> None:
         server = self.server
         wanted = self.headers["Range"]
         server.ranges.append(wanted)

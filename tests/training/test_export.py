@@ -62,7 +62,7 @@ def exported(finished, run_module, tmp_path_factory) -> SimpleNamespace:
 
 @pytest.fixture(scope="module")
 def pictures(photos) -> np.ndarray:
-    """The validation pictures as a model sees them, uint8 ``[30, 64, 64, 3]``."""
+    """The validation pictures as a model sees them, uint8 ``[18, 64, 64, 3]``."""
     paths = sorted((photos / "val").rglob("*.jpg"))
     return np.stack([images.load(path, size=64) for path in paths])
 
@@ -92,7 +92,9 @@ def test_the_file_is_valid_and_whole(exported):
 def test_the_auxiliary_heads_are_not_in_the_file(exported):
     model = onnx.load(exported.path)
     numbers = sum(
-        int(np.prod(t.dims)) for t in model.graph.initializer if t.data_type == onnx.TensorProto.FLOAT
+        int(np.prod(t.dims))
+        for t in model.graph.initializer
+        if t.data_type == onnx.TensorProto.FLOAT
     )
     with_heads = count_parameters(exported.weights.network(), auxiliary=True)
     assert numbers < with_heads - 50_000
@@ -101,7 +103,7 @@ def test_the_auxiliary_heads_are_not_in_the_file(exported):
 @pytest.mark.slow
 def test_the_graph_has_the_promised_input_and_output(exported):
     session = ort.InferenceSession(exported.path, providers=["CPUExecutionProvider"])
-    (taken,), (given) = session.get_inputs(), session.get_outputs()
+    (taken,), given = session.get_inputs(), session.get_outputs()
     assert (taken.name, taken.type) == ("images", "tensor(uint8)")
     assert isinstance(taken.shape[0], str)  # a name: any batch size
     assert taken.shape[1:] == [64, 64, 3]
@@ -111,16 +113,18 @@ def test_the_graph_has_the_promised_input_and_output(exported):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("batch", [1, 2, 5, 30])
+@pytest.mark.parametrize("batch", [1, 2, 5, 18])
 def test_probabilities_are_those_of_pytorch_at_every_batch_size(exported, pictures, batch):
-    found = Engine(exported.path, device="cpu").run(pictures[:batch])
+    pictures = pictures[np.linspace(0, 17, batch).astype(int)]  # of every class
+    found = Engine(exported.path, device="cpu").run(pictures)
     assert found.shape == (batch, 3)
     assert found.dtype == np.float32
     assert np.allclose(found.sum(axis=1), 1, atol=1e-5)
     with torch.inference_mode():
-        expected = served_network(exported.weights)(torch.from_numpy(pictures[:batch])).numpy()
+        expected = served_network(exported.weights)(torch.from_numpy(pictures)).numpy()
     assert np.abs(found - expected).max() < 1e-4
-    assert np.ptp(expected[:, 0]) > 0.01 or batch < 5  # not the same answer to everything
+    if batch > 2:
+        assert np.ptp(expected, axis=0).max() > 0.05  # not one answer to everything
 
 
 @pytest.mark.slow
@@ -136,7 +140,7 @@ def test_the_card_says_what_the_run_was(exported, finished):
     assert card.training == weights.training
     assert card.training.val_top1 == result["single centre view"]["top1"]
     parity = card.parity
-    assert parity.images == 90  # all validation pictures, filled up with training pictures
+    assert parity.images == 45  # all validation pictures, filled up with training pictures
     assert parity.batch_sizes == (1, 2, 32)
     assert parity.top1_agreement == 1
     assert 0 <= parity.max_difference <= 1e-4
@@ -157,7 +161,7 @@ def test_no_path_of_this_machine_is_in_the_file(exported, finished):
     private = [ROOT, Path(sys.prefix), finished.folder.parent, finished.data.parent]
     for path in [*private, *(path.resolve() for path in private)]:
         assert os.fsencode(path) not in content
-    for word in (b"site-packages", b".py\"", b"training/models", b"torch/nn"):
+    for word in (b"site-packages", b'.py"', b"training/models", b"torch/nn"):
         assert word not in content
 
 
@@ -165,13 +169,13 @@ def test_no_path_of_this_machine_is_in_the_file(exported, finished):
 def test_serving_is_as_accurate_as_the_run_says_to_the_image(exported, finished):
     classifier = Classifier(str(exported.path), device="cpu")
     results = list(classifier.classify_many(find_inputs([str(finished.data / "val")])))
-    assert len(results) == 30
+    assert len(results) == 18
     assert all(result.label is not None for result in results)
     score = json.loads((finished.folder / "result.json").read_text())["single centre view"]
     assert sum(result.correct for result in results) == score["correct_top1"]
     probabilities = Engine(exported.path, device="cpu").run(data.load(finished.data).val.images)
     labels = data.load(finished.data).val.labels
-    loss = -np.log(probabilities[np.arange(30), labels]).mean()
+    loss = -np.log(probabilities[np.arange(18), labels]).mean()
     assert loss == pytest.approx(score["loss"], abs=1e-4)
 
 
@@ -184,37 +188,50 @@ def test_nobody_else_can_tell_the_file_was_written_twice(exported):
 # The gate
 
 
+@pytest.fixture
+def some(pictures) -> np.ndarray:
+    return pictures[::3]
+
+
 @pytest.mark.slow
-def test_the_gate_passes_what_is_the_same(exported, pictures):
-    parity = export.check_parity(exported.path, served_network(exported.weights), pictures)
-    assert parity.images == 30
+def test_the_gate_passes_what_is_the_same(exported, some):
+    parity = export.check_parity(exported.path, served_network(exported.weights), some)
+    assert parity.images == 6
     assert parity.top1_agreement == 1
     assert parity.max_difference <= export.MAX_DIFFERENCE
 
 
 @pytest.mark.slow
-def test_the_gate_stops_another_top1(exported, pictures):
-    # As if the exporter had lost the normalisation.
-    other = served_network(exported.weights, mean=exported.weights.mean + 150)
-    with pytest.raises(GateError, match="the same top-1") as caught:
-        export.check_parity(exported.path, other, pictures)
+def test_the_gate_stops_a_file_that_normalises_otherwise(exported, some):
+    other = served_network(exported.weights, mean=exported.weights.mean + 40)
+    with pytest.raises(GateError, match="parity: "):
+        export.check_parity(exported.path, other, some)
+
+
+@pytest.mark.slow
+def test_the_gate_stops_another_top1(exported, some):
+    other = served_network(exported.weights)
+    for parameter in other.network.classifier.parameters():
+        parameter.data = parameter.data.roll(1, dims=0)
+    with pytest.raises(GateError, match=r"only 0\.00 % have the same top-1") as caught:
+        export.check_parity(exported.path, other, some)
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.slow
-def test_the_gate_stops_a_small_difference_with_the_same_top1(exported, pictures):
-    # The clearest answer of all, so that only its probability changes.
-    clearest = Engine(exported.path, device="cpu").run(pictures).max(axis=1).argsort()[-3:]
-    other = served_network(exported.weights, std=exported.weights.std * 1.05)
+def test_the_gate_stops_other_probabilities_of_the_same_top1(exported, some):
+    other = served_network(exported.weights)
+    for parameter in other.network.classifier.parameters():
+        parameter.data = parameter.data * 1.05
     with pytest.raises(GateError, match="a probability differs"):
-        export.check_parity(exported.path, other, pictures[clearest])
+        export.check_parity(exported.path, other, some)
 
 
 @pytest.mark.slow
-def test_the_gate_stops_what_is_not_a_number(exported, pictures):
+def test_the_gate_stops_what_is_not_a_number(exported, some):
     other = served_network(exported.weights, std=exported.weights.std * float("nan"))
     with pytest.raises(GateError):
-        export.check_parity(exported.path, other, pictures)
+        export.check_parity(exported.path, other, some)
 
 
 @pytest.mark.slow
@@ -261,11 +278,11 @@ def test_the_gates_pictures_are_spread_over_the_validation_split(
     dataset = data.load(photos, image_size=16)
     monkeypatch.setattr(export, "GATE_IMAGES", 4)
     chosen = export.gate_images(photos, small_weights)
-    assert np.array_equal(chosen, dataset.val.images[[0, 10, 19, 29]])
-    monkeypatch.setattr(export, "GATE_IMAGES", 32)
+    assert np.array_equal(chosen, dataset.val.images[[0, 6, 11, 17]])
+    monkeypatch.setattr(export, "GATE_IMAGES", 20)
     chosen = export.gate_images(photos, small_weights)
-    assert np.array_equal(chosen[:30], dataset.val.images)
-    assert np.array_equal(chosen[30:], dataset.train.images[[0, 59]])
+    assert np.array_equal(chosen[:18], dataset.val.images)
+    assert np.array_equal(chosen[18:], dataset.train.images[[0, 26]])
 
 
 # Refusals

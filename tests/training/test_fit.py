@@ -76,12 +76,14 @@ def test_history_has_one_row_an_epoch(finished):
     rows = history(finished.folder)
     assert list(rows[0]) == COLUMNS
     assert [row["epoch"] for row in rows] == ["1", "2", "3", "4"]
-    # 60 images in batches of 8: the last 4 of each epoch's permutation are left out.
-    assert [row["step"] for row in rows] == ["7", "14", "21", "28"]
-    assert [row["size"] for row in rows] == ["24", "24", "32", "48"]
+    # 27 images in batches of 4: the last three of each epoch's permutation are left out.
+    assert [row["step"] for row in rows] == ["6", "12", "18", "24"]
     recipe = dataclasses.replace(RECIPES["cpu"]("inception"), epochs=4, lr=0.05)
+    assert len({row["size"] for row in rows}) > 1
     for row in rows:
-        assert float(row["lr"]) == recipe.learning_rate(int(row["step"]) - 1, 7)
+        last = int(row["step"]) - 1
+        assert int(row["size"]) == recipe.training_size(last, 6)
+        assert float(row["lr"]) == recipe.learning_rate(last, 6)
         assert 0 <= float(row["val_top1"]) <= float(row["val_top5"]) == 1  # of three classes
         assert float(row["seconds"]) > 0
 
@@ -91,7 +93,7 @@ def test_the_loss_falls_on_classes_that_can_be_learnt(finished):
     rows = history(finished.folder)
     losses = [float(row["train_loss"]) for row in rows]
     assert losses[-1] < 0.6 * losses[0]
-    assert float(rows[-1]["train_top1"]) > 0.75
+    assert float(rows[-1]["train_top1"]) > 0.6
 
 
 @pytest.mark.slow
@@ -108,17 +110,17 @@ def test_the_result_is_in_the_file_the_weights_and_the_words(finished):
     result = json.loads((finished.folder / "result.json").read_text())
     assert result.keys() == {"single centre view", "training_seconds"}
     score = result["single centre view"]
-    assert score["images"] == 30
-    assert score["top1"] == score["correct_top1"] / 30
+    assert score["images"] == 18
+    assert score["top1"] == score["correct_top1"] / 18
     low, high = score["top1_ci95"]
     assert low < score["top1"] < high
-    assert 1 / 3 < score["top1"] <= 24 / 30  # six pictures are in the wrong folder
+    assert 0 < score["top1"] <= 14 / 18  # four pictures are in the wrong folder
     assert result["training_seconds"] == pytest.approx(
         sum(float(row["seconds"]) for row in history(finished.folder))
     )
     training = checkpoint.load_weights(finished.folder).training
     assert (training.val_top1, training.val_top5) == (score["top1"], score["top5"])
-    assert f"({score['correct_top1']} of 30;" in finished.stdout
+    assert f"({score['correct_top1']} of 18;" in finished.stdout
     assert len(finished.stdout.splitlines()) == 1
 
 
@@ -131,7 +133,7 @@ def test_the_weights_say_where_they_come_from(finished):
     assert weights.labels == tuple(Label(None, name) for name in ("amber", "jade", "violet"))
     assert training.dataset == "photos"
     assert training.dataset_fingerprint == dataset.fingerprint
-    assert (training.train_images, training.val_images) == (60, 30)
+    assert (training.train_images, training.val_images) == (27, 18)
     assert (training.recipe, training.epochs, training.seed) == ("cpu", 4, 7)
     assert training.precision == "fp32"
     pixels = dataset.train.images.reshape(-1, 3).astype(float)
@@ -169,7 +171,7 @@ def interrupted(start_module, run_module, fit_arguments, tmp_path_factory) -> Si
             for line in process.stderr:
                 lines.append(line)
                 if line.startswith(f"epoch {epoch}:"):
-                    time.sleep(0.1)  # into the next epoch, somewhere
+                    time.sleep(0.05)  # into the next epoch, somewhere
                     process.send_signal(number)
                     break
             lines += process.stderr.readlines()
@@ -210,9 +212,9 @@ def test_every_resumed_run_goes_on_and_does_not_start_over(interrupted):
     starts.append(interrupted.last.splitlines(keepends=True))
     for epochs_done, lines in enumerate(starts, start=1):
         assert lines[0].startswith("resumed at step ")
-        assert 7 * epochs_done <= int(lines[0].split()[3]) < 28
+        assert 6 * epochs_done <= int(lines[0].split()[3]) < 24
     # Nothing can be saved at SIGKILL: that run goes on from the end of its last epoch.
-    assert starts[0][0] == "resumed at step 7 of 28\n"
+    assert starts[0][0] == "resumed at step 6 of 24\n"
 
 
 @pytest.mark.slow
@@ -366,10 +368,10 @@ def test_an_epoch_sees_every_image_once_in_an_order_of_its_own(make_trainer):
     for epoch in range(2):
         trainer.step = epoch * trainer.steps_per_epoch
         order = trainer._permutation().tolist()
-        assert sorted(order) == list(range(60))
+        assert sorted(order) == list(range(27))
         orders.append(order)
     assert orders[0] != orders[1]
-    assert orders[0] != list(range(60))
+    assert orders[0] != list(range(27))
 
 
 def test_limit_train_takes_the_same_images_whatever_the_seed(make_trainer):
@@ -377,7 +379,7 @@ def test_limit_train_takes_the_same_images_whatever_the_seed(make_trainer):
     assert len(set(first.subset.tolist())) == 20
     assert torch.equal(first.subset, second.subset)
     assert set(first.labels[first.subset].tolist()) == {0, 1, 2}
-    assert len(make_trainer(limit_train=1000).subset) == 60
+    assert len(make_trainer(limit_train=1000).subset) == 27
 
 
 def test_pixel_statistics_are_those_of_the_images_that_count():
@@ -400,20 +402,20 @@ def test_flat_pictures_can_be_normalised():
 # Short runs in this process
 
 
-def fit_here(out: Path, photos: Path, *arguments: str) -> int:
+def fit_here(out: Path, photos: Path, arguments: str) -> int:
     common = ["--device", "cpu", "--precision", "fp32", "--data", str(photos), "--out", str(out)]
-    return fit.main([*arguments, *common])
+    return fit.main([*arguments.split(), *common])
 
 
 @pytest.mark.slow
 def test_the_paper_recipe_learns_and_is_tried_on_ten_crops(photos, tmp_path, capsys):
-    arguments = "--arch baseline --recipe paper --epochs 3 --batch-size 12".split()
-    assert fit_here(tmp_path / "run", photos, *arguments) == 0
+    arguments = "--arch baseline --recipe paper --epochs 3 --batch-size 6"
+    assert fit_here(tmp_path / "run", photos, arguments) == 0
     losses = [float(row["train_loss"]) for row in history(tmp_path / "run")]
     assert losses[-1] < 0.7 * losses[0]
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert result.keys() == {"single centre view", "ten crops", "training_seconds"}
-    assert result["ten crops"]["images"] == 30
+    assert result["ten crops"]["images"] == 18
     assert capsys.readouterr().out.count("top-1") == 2
     weights = checkpoint.load_weights(tmp_path / "run")
     assert weights.mean.shape == (64, 64, 3)
@@ -424,16 +426,16 @@ def test_the_paper_recipe_learns_and_is_tried_on_ten_crops(photos, tmp_path, cap
 
 @pytest.mark.slow
 def test_limit_train_trains_on_so_many(photos, tmp_path):
-    arguments = "--arch inception --recipe cpu --epochs 1 -b 4 --limit-train 9".split()
-    assert fit_here(tmp_path / "run", photos, *arguments) == 0
+    arguments = "--arch inception --recipe cpu --epochs 1 -b 4 --limit-train 9"
+    assert fit_here(tmp_path / "run", photos, arguments) == 0
     assert checkpoint.load_weights(tmp_path / "run").training.train_images == 9
     assert history(tmp_path / "run")[0]["step"] == "2"
 
 
 @pytest.mark.slow
 def test_a_batch_larger_than_the_data_is_all_of_it(photos, tmp_path):
-    arguments = "--arch inception --recipe cpu --epochs 1 -b 500 --limit-train 6".split()
-    assert fit_here(tmp_path / "run", photos, *arguments) == 0
+    arguments = "--arch inception --recipe cpu --epochs 1 -b 500 --limit-train 6"
+    assert fit_here(tmp_path / "run", photos, arguments) == 0
     assert history(tmp_path / "run")[0]["step"] == "1"
 
 
@@ -477,10 +479,8 @@ def test_an_unknown_architecture_is_refused_with_those_known(run_module, tmp_pat
     ],
 )
 def test_arguments_that_cannot_be_used_are_refused(photos, tmp_path, capsys, arguments, words):
-    code = fit.main(
-        ["--arch", "inception", "--device", "cpu", "--data", str(photos)]
-        + ["--out", str(tmp_path / "run"), *arguments.split()]
-    )
+    common = ["--arch", "inception", "--device", "cpu", "--data", str(photos)]
+    code = fit.main([*common, "--out", str(tmp_path / "run"), *arguments.split()])
     assert code == 2
     check_one_line(capsys, words)
     assert not (tmp_path / "run").exists()
@@ -500,38 +500,38 @@ def test_precision_is_chosen_by_what_the_machine_has():
 
 
 def test_data_that_is_not_there_is_one_line(tmp_path, capsys):
-    assert fit_here(tmp_path / "run", tmp_path / "nothing", "--arch", "inception") == 1
+    assert fit_here(tmp_path / "run", tmp_path / "nothing", "--arch inception") == 1
     check_one_line(capsys, "no such folder")
 
 
 def test_resuming_what_was_never_begun_is_one_line(photos, tmp_path, capsys):
-    assert fit_here(tmp_path / "run", photos, "--arch", "inception", "--resume") == 1
+    assert fit_here(tmp_path / "run", photos, "--arch inception --resume") == 1
     check_one_line(capsys, "no checkpoint")
     assert not (tmp_path / "run").exists()
 
 
 def test_a_damaged_checkpoint_is_one_line(photos, tmp_path, capsys):
     (tmp_path / "checkpoint.pt").write_text("no checkpoint")
-    assert fit_here(tmp_path, photos, "--arch", "inception", "--resume") == 1
+    assert fit_here(tmp_path, photos, "--arch inception --resume") == 1
     check_one_line(capsys, "damaged")
 
 
 def test_an_output_folder_that_is_a_file_is_one_line(photos, tmp_path, capsys):
     (tmp_path / "run").write_text("a file")
-    assert fit_here(tmp_path / "run", photos, "--arch", "inception") == 2
+    assert fit_here(tmp_path / "run", photos, "--arch inception") == 2
     check_one_line(capsys, str(tmp_path / "run"))
     assert (tmp_path / "run").read_text() == "a file"
 
 
 def test_a_batch_of_one_is_refused_where_batch_norm_cannot_have_it(photos, tmp_path, capsys):
-    arguments = ["--arch", "baseline", "--recipe", "cpu", "--epochs", "1", "--limit-train", "1"]
-    assert fit_here(tmp_path / "run", photos, *arguments) == 2
+    arguments = "--arch baseline --recipe cpu --epochs 1 --limit-train 1"
+    assert fit_here(tmp_path / "run", photos, arguments) == 2
     check_one_line(capsys, "batch")
 
 
 def test_a_run_that_diverges_stops_with_advice(photos, tmp_path, capsys):
-    arguments = "--arch baseline --recipe paper --epochs 1 -b 6 --limit-train 24 --lr 1e38".split()
-    assert fit_here(tmp_path / "run", photos, *arguments) == 1
+    arguments = "--arch baseline --recipe paper --epochs 1 -b 6 --limit-train 24 --lr 1e38"
+    assert fit_here(tmp_path / "run", photos, arguments) == 1
     said = capsys.readouterr().err
     assert "lower --lr" in said.splitlines()[-1]
     assert not (tmp_path / "run" / "weights.pt").exists()

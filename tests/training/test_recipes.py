@@ -1,4 +1,5 @@
 import dataclasses
+import itertools
 import math
 
 import pytest
@@ -39,7 +40,7 @@ def test_the_rate_rises_linearly_and_falls_once_to_nearly_nothing(name):
     assert rise > 1
     rates = [recipe.learning_rate(step, STEPS) for step in range(steps)]
     assert rates[0] == pytest.approx(recipe.lr / (rise + 1))
-    rising = [after - before for before, after in zip(rates[:rise], rates[1 : rise + 1], strict=True)]
+    rising = [after - before for before, after in itertools.pairwise(rates[: rise + 1])]
     assert rising == pytest.approx([recipe.lr / (rise + 1)] * rise)
     assert rates[rise] == max(rates) == pytest.approx(recipe.lr)
     assert rates[rise:] == sorted(rates[rise:], reverse=True)
