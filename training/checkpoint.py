@@ -4,8 +4,10 @@
 stopped. ``weights.pt`` appears when a run has finished: see :class:`Weights`.
 """
 
+import contextlib
 import dataclasses
 import os
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,7 +51,13 @@ class Weights:
             name for name in model.state_dict().keys() - self.state.keys() if not is_auxiliary(name)
         }:
             raise CheckpointError(f"weights without {', '.join(sorted(missing))}")
-        model.load_state_dict(self.state, strict=False)
+        try:
+            model.load_state_dict(self.state, strict=False)
+        except RuntimeError as error:
+            raise CheckpointError(
+                f"these weights do not fit {self.arch} with {len(self.labels)} classes "
+                f"and {self.crop} px crops"
+            ) from error
         return model.eval()
 
 
@@ -118,13 +126,18 @@ def save(path: Path, document: dict[str, Any]) -> None:
             os.fsync(file.fileno())
         os.replace(partial, path)
     except (OSError, RuntimeError) as error:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink()
         raise CheckpointError(f"cannot write {path}: {error}") from error
 
 
 def load(path: Path) -> dict[str, Any]:
     """A document written by :func:`save`, on the CPU; raises :class:`CheckpointError`."""
     try:
+        # PyTorch does not compare the checksums that it writes.
+        with zipfile.ZipFile(path) as archive:
+            if damaged := archive.testzip():
+                raise zipfile.BadZipFile(damaged)
         document = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise CheckpointError(f"no checkpoint at {path}") from error

@@ -9,11 +9,11 @@ where that is not writable, and memory-mapped on every later start.
 
 import contextlib
 import hashlib
+import http.client
 import json
 import os
 import shutil
 import sys
-import urllib.error
 import urllib.request
 import zipfile
 from collections.abc import Iterable
@@ -119,6 +119,8 @@ def download(
     archive = root.with_name(root.name + ".zip.part")
     archive.parent.mkdir(parents=True, exist_ok=True)
     _fetch(url, archive, size, timeout, wanted=root)
+    if (have := archive.stat().st_size) < size:
+        raise DataError(f"{url} broke off after {have:,} of {size:,} bytes; try again to go on")
     digest = hashlib.md5(usedforsecurity=False)
     with archive.open("rb") as file:
         while chunk := file.read(_CHUNK):
@@ -154,7 +156,7 @@ def _fetch(url: str, archive: Path, size: int, timeout: float, *, wanted: Path) 
                 while chunk := response.read(_CHUNK):
                     file.write(chunk)
                     bar.update(len(chunk))
-    except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
+    except (OSError, http.client.HTTPException) as error:  # no network, cut off, disk full
         raise DataError(
             f"cannot download {url} ({getattr(error, 'reason', error)}); "
             f"unpack tiny-imagenet-200.zip into {wanted}, or name another folder with --data"
@@ -199,10 +201,14 @@ def _decode_split(
     array_path = folder / f"{split}-{size}px-{key}.npy"
     bad_path = array_path.with_suffix(".bad.json")
     if not array_path.exists():
-        bad = _decode_into(array_path, [path for path, _ in files], size, desc=f"decode {split}")
-        bad_path.write_text(json.dumps(bad))
-        # The array's own name appears last: where it exists, both files are complete.
-        os.replace(_partial(array_path), array_path)
+        partial = array_path.with_name(f"{array_path.name}.{os.getpid()}.partial")
+        try:
+            bad = _decode_into(partial, [path for path, _ in files], size, desc=f"decode {split}")
+            bad_path.write_text(json.dumps(bad))
+            # The array's own name appears last: where it exists, both files are complete.
+            os.replace(partial, array_path)
+        finally:
+            partial.unlink(missing_ok=True)  # gone, or interrupted
     pixels: NDArray[np.uint8] = np.load(array_path, mmap_mode="c")  # torch wants it writable
     labels = np.array([label for _, label in files], dtype=np.int64)
     bad = {int(position): reason for position, reason in json.loads(bad_path.read_text()).items()}
@@ -217,14 +223,16 @@ def _decode_split(
     for position, reason in bad.items():
         tqdm.write(f"skipped {files[position][0]}: {reason}", file=sys.stderr)
     tqdm.write(f"skipped {len(bad)} of {len(files)} {split} images", file=sys.stderr)
+    if len(bad) == len(files):
+        raise DataError(f"none of the {len(files)} {split} images below {root} can be read")
     good = np.setdiff1d(np.arange(len(files)), list(bad))
     return Split(pixels[good], labels[good])
 
 
-def _decode_into(array_path: Path, paths: list[str], size: int, *, desc: str) -> dict[int, str]:
+def _decode_into(target: Path, paths: list[str], size: int, *, desc: str) -> dict[int, str]:
     """Decode all images into a new .npy file; returns position and reason of the damaged ones."""
     array = np.lib.format.open_memmap(
-        _partial(array_path), mode="w+", dtype=np.uint8, shape=(len(paths), size, size, 3)
+        target, mode="w+", dtype=np.uint8, shape=(len(paths), size, size, 3)
     )
     bad = {}
 
@@ -245,10 +253,6 @@ def _decode_into(array_path: Path, paths: list[str], size: int, *, desc: str) ->
     return bad
 
 
-def _partial(path: Path) -> Path:
-    return path.with_name(f"{path.name}.{os.getpid()}.partial")
-
-
 def _writable_cache(root: Path) -> Path:
     beside = root / _CACHE_FOLDER
     with contextlib.suppress(OSError):
@@ -263,8 +267,11 @@ def _writable_cache(root: Path) -> Path:
 def _fingerprint(root: Path, files: Iterable[tuple[str, int]], *, with_time: bool) -> str:
     digest = hashlib.sha256()
     for path, label in files:
-        status = os.stat(path)
-        time = status.st_mtime_ns if with_time else 0
-        line = f"{os.path.relpath(path, root)}\t{label}\t{status.st_size}\t{time}\n"
+        try:
+            status = os.stat(path)
+            size, time = status.st_size, status.st_mtime_ns if with_time else 0
+        except OSError:  # a link to nothing; decoding says so
+            size, time = -1, 0
+        line = f"{os.path.relpath(path, root)}\t{label}\t{size}\t{time}\n"
         digest.update(line.encode("utf-8", "surrogateescape"))
     return digest.hexdigest()

@@ -15,7 +15,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from tinyserve.engine import Engine
-from tinyserve.errors import GateError, TinyserveError, UsageError
+from tinyserve.errors import CheckpointError, GateError, TinyserveError, UsageError
 from tinyserve.modelfile import INPUT_NAME, METADATA_KEY, OUTPUT_NAME, ModelCard, Parity
 from training import checkpoint, data
 from training.evaluate import ServedNetwork
@@ -46,6 +46,9 @@ def main(argv: list[str] | None = None) -> int:
     except TinyserveError as error:
         print(f"training.export: {error}", file=sys.stderr)
         return error.exit_code
+    except KeyboardInterrupt:
+        print("training.export: interrupted", file=sys.stderr)
+        return 130
     print(path)
     print(f"try it with: tinyserve classify IMAGES -m {path}", file=sys.stderr)
     return 0
@@ -87,7 +90,8 @@ def export(run: Path, output: Path, *, data_root: Path | None) -> Path:
     except OSError as error:
         raise UsageError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
-        candidate.unlink(missing_ok=True)
+        with suppress(OSError):
+            candidate.unlink()
     return path
 
 
@@ -194,12 +198,13 @@ def _split(images: NDArray[np.uint8], batch: int) -> Iterator[NDArray[np.uint8]]
 
 
 def _data_of(run: Path) -> Path:
-    """The folder that a run was trained on, as its config.json remembers it, or the default."""
+    """The folder that a run was trained on, as its config.json remembers it."""
     try:
-        recorded = Path(json.loads((run / "config.json").read_text())["data"])
-    except (OSError, ValueError, KeyError):
-        return data.locate(None)
-    return recorded if recorded.is_dir() else data.locate(None)
+        return Path(json.loads((run / "config.json").read_text())["data"])
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(
+            f"{run / 'config.json'} does not say what the run was trained on; name it with --data"
+        ) from error
 
 
 @contextmanager

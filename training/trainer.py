@@ -57,7 +57,7 @@ class Trainer:
         self.subset = _subset(len(self.labels), config.limit_train, device)
         self.batch_size = min(recipe.batch_size, len(self.subset))
         if self.batch_size == 1:
-            raise UsageError("batch norm needs batches of at least 2 images")
+            raise UsageError("a batch must have at least 2 images, batch norm needs them")
         self.steps_per_epoch = len(self.subset) // self.batch_size
         self.steps = recipe.epochs * self.steps_per_epoch
         self.mean, self.std = pixel_statistics(
@@ -106,7 +106,7 @@ class Trainer:
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
         sums = torch.zeros_like(self._sums)
-        for part in indices.chunk(self._parts()):
+        for part in indices.tensor_split(self._parts()):
             x, y = self._batch(part)
             with torch.autocast(
                 self.device.type, self.precision, enabled=self.precision != torch.float32
