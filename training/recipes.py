@@ -136,8 +136,8 @@ _CPU_EPOCHS = {"baseline": 3, "alexnet": 1, "inception": 2, "resnet20": 4}
 _CPU_LR = {"baseline": 0.02, "alexnet": 0.05, "inception": 0.2, "resnet20": 0.2}
 _CPU_SIZES = {
     "baseline": ((0.0, 56),),
-    "alexnet": ((0.0, 24), (0.92, 56)),
-    "inception": ((0.0, 24), (0.75, 32), (0.96, 48)),
+    "alexnet": ((0.0, 24), (0.96, 56)),
+    "inception": ((0.0, 24), (0.8, 32), (0.97, 48)),
     "resnet20": ((0.0, 24), (0.55, 32), (0.92, 48)),
 }
 
