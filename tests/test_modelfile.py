@@ -12,6 +12,7 @@ CARD = ModelCard(
     labels=(Label("n01443537", "goldfish"), Label(None, "café")),
     image_size=64,
     crop=56,
+    network_size=56,
     parameters=1_000_000,
     training=Training(
         dataset="tiny-imagenet-200",

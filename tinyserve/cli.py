@@ -156,11 +156,14 @@ def info(arguments: argparse.Namespace) -> int:
 
 def _card_lines(path: Path, card: ModelCard) -> Iterator[tuple[str, str]]:
     size, classes = card.image_size, len(card.labels)
+    seen = "all" if card.crop == size else f"the centre {card.crop} x {card.crop}"
+    if card.network_size != card.crop:
+        seen += f", shrunk to {card.network_size} x {card.network_size}"
     yield "file", f"{path} ({path.stat().st_size / 2**20:.1f} MiB, format {card.format})"
     yield "architecture", f"{card.architecture}, {card.parameters:,} parameters, {card.precision}"
     yield (
         "input",
-        f"images: uint8 [batch, {size}, {size}, 3], RGB; sees the centre {card.crop} x {card.crop}",
+        f"images: uint8 [batch, {size}, {size}, 3], RGB; the network sees {seen}",
     )
     yield "resize", card.resize_rule
     yield "output", f"probabilities: float32 [batch, {classes}]"

@@ -69,7 +69,8 @@ class ModelCard:
     """All that a model file says of itself.
 
     ``image_size`` is the side in pixels of the images that the graph takes, ``crop`` the side of
-    the centre that the network looks at; ``labels`` are in the order of the output.
+    their centre that counts, ``network_size`` the side to which the graph resizes that before the
+    network sees it; ``labels`` are in the order of the output.
     """
 
     architecture: str
@@ -77,6 +78,7 @@ class ModelCard:
     labels: tuple[Label, ...]
     image_size: int
     crop: int
+    network_size: int
     parameters: int
     training: Training | None
     parity: Parity | None

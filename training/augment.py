@@ -111,8 +111,8 @@ def extract(images: Tensor, boxes: Boxes, size: int) -> Tensor:
     network sees in training looks like what it is served.
     """
     count, height, width, channels = images.shape
-    rows = _interpolation(boxes.top, boxes.height, height, size)
-    columns = _interpolation(boxes.left, boxes.width, width, size)
+    rows = interpolation(boxes.top, boxes.height, height, size)
+    columns = interpolation(boxes.left, boxes.width, width, size)
     columns = torch.where(boxes.flip[:, None, None], columns.flip(1), columns)
     # Plane by plane, so that both products are of large matrices; three channels innermost, as the
     # images are stored, would make them as thin as three columns.
@@ -122,7 +122,7 @@ def extract(images: Tensor, boxes: Boxes, size: int) -> Tensor:
     return pixels.contiguous(memory_format=torch.channels_last)
 
 
-def _interpolation(start: Tensor, length: Tensor, full: int, size: int) -> Tensor:
+def interpolation(start: Tensor, length: Tensor, full: int, size: int) -> Tensor:
     """Weights ``[N, size, full]`` that resample ``full`` pixels' range start..start+length to size.
 
     A triangle filter as wide as the step between two output pixels, at least one pixel; rows sum

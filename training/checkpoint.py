@@ -31,7 +31,8 @@ class Weights:
     ``state`` is the state dict without auxiliary heads, float32, rounded to what float16 holds
     where a tensor has two or more dimensions: the file is half as large, and the accuracy in
     ``training`` is that of the rounded weights. ``mean`` (``[H, W, 3]`` or ``[3]``) and ``std``
-    (``[3]``) are in units of 0..255, RGB. ``image_size`` and ``crop`` in pixels.
+    (``[3]``) are in units of 0..255, RGB. In pixels: ``image_size``, the side of stored images;
+    ``crop``, the side of the centre that counts; ``network_size``, to which that is resized.
     """
 
     arch: str
@@ -39,6 +40,7 @@ class Weights:
     labels: tuple[Label, ...]
     image_size: int
     crop: int
+    network_size: int
     mean: Tensor
     std: Tensor
     state: dict[str, Tensor]
@@ -46,7 +48,9 @@ class Weights:
 
     def network(self) -> nn.Module:
         """The network with these weights, in evaluation mode, float32, on the CPU."""
-        model = ARCHS[self.arch](len(self.labels), image_size=self.crop, batch_norm=self.batch_norm)
+        model = ARCHS[self.arch](
+            len(self.labels), image_size=self.network_size, batch_norm=self.batch_norm
+        )
         if missing := {
             name for name in model.state_dict().keys() - self.state.keys() if not is_auxiliary(name)
         }:
@@ -56,7 +60,7 @@ class Weights:
         except RuntimeError as error:
             raise CheckpointError(
                 f"these weights do not fit {self.arch} with {len(self.labels)} classes "
-                f"and {self.crop} px crops"
+                f"at {self.network_size} px"
             ) from error
         return model.eval()
 

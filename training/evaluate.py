@@ -14,15 +14,25 @@ BATCH = 64
 class ServedNetwork(nn.Module):
     """The whole graph of a model file: pixels to probabilities.
 
-    Maps uint8 ``[N, H, W, 3]``, RGB, to float32 ``[N, classes]``, rows summing to 1: centre crop of
-    ``crop`` pixels, normalisation, channels first, the network, softmax.
+    Maps uint8 ``[N, image_size, image_size, 3]``, RGB, to float32 ``[N, classes]``, rows summing to
+    1: centre crop of ``crop`` pixels, normalisation, channels first, resized to ``network_size`` as
+    in training if that differs, the network, softmax.
     """
 
     mean: Tensor
     scale: Tensor
+    resize: Tensor | None
+    """Interpolation weights ``[network_size, crop]`` of the rows, and of the columns."""
 
     def __init__(
-        self, network: nn.Module, mean: Tensor, std: Tensor, *, image_size: int, crop: int
+        self,
+        network: nn.Module,
+        mean: Tensor,
+        std: Tensor,
+        *,
+        image_size: int,
+        crop: int,
+        network_size: int,
     ) -> None:
         super().__init__()
         self.network = network
@@ -33,6 +43,11 @@ class ServedNetwork(nn.Module):
             mean = self._centre(mean[None])
         self.register_buffer("mean", mean)
         self.register_buffer("scale", 1 / std)
+        resize = None
+        if network_size != crop:
+            whole = torch.tensor([float(crop)], device=mean.device)
+            resize = augment.interpolation(torch.zeros_like(whole), whole, crop, network_size)[0]
+        self.register_buffer("resize", resize)
 
     def _centre(self, images: Tensor) -> Tensor:
         if self.crop == self.image_size:  # a slice of everything would stay in the exported graph
@@ -42,7 +57,10 @@ class ServedNetwork(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         pixels = (self._centre(images).float() - self.mean) * self.scale
-        logits = self.network(pixels.permute(0, 3, 1, 2))
+        pixels = pixels.permute(0, 3, 1, 2)
+        if self.resize is not None:
+            pixels = self.resize @ pixels @ self.resize.T
+        logits = self.network(pixels)
         probabilities: Tensor = logits.float().softmax(dim=1)
         return probabilities
 

@@ -64,7 +64,12 @@ def export(run: Path, output: Path, *, data_root: Path | None) -> Path:
     images = gate_images(data_root or _data_of(run), weights)
     network = weights.network()
     served = ServedNetwork(
-        network, weights.mean, weights.std, image_size=weights.image_size, crop=weights.crop
+        network,
+        weights.mean,
+        weights.std,
+        image_size=weights.image_size,
+        crop=weights.crop,
+        network_size=weights.network_size,
     ).eval()
     card = ModelCard(
         architecture=weights.arch,
@@ -72,6 +77,7 @@ def export(run: Path, output: Path, *, data_root: Path | None) -> Path:
         labels=weights.labels,
         image_size=weights.image_size,
         crop=weights.crop,
+        network_size=weights.network_size,
         parameters=count_parameters(network),
         training=weights.training,
         parity=None,

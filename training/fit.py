@@ -158,6 +158,7 @@ def _finish(
         labels=dataset.classes,
         image_size=config.image_size,
         crop=recipe.crop,
+        network_size=recipe.final_size,
         mean=trainer.mean.cpu(),
         std=trainer.std.cpu(),
         state=checkpoint.final_state(trainer.evaluated),
@@ -177,11 +178,16 @@ def _finish(
     )
     network = weights.network().to(trainer.device).to(memory_format=torch.channels_last)
     served = ServedNetwork(
-        network, trainer.mean, trainer.std, image_size=config.image_size, crop=recipe.crop
+        network,
+        trainer.mean,
+        trainer.std,
+        image_size=config.image_size,
+        crop=recipe.crop,
+        network_size=recipe.final_size,
     ).to(trainer.device)
     scores = {"single centre view": served_accuracy(served, *trainer.val)}
     if recipe.ten_crop:
-        scores["ten crops"] = trainer.view_accuracy(network, recipe.crop, augment.TEN_CROPS)
+        scores["ten crops"] = trainer.view_accuracy(network, recipe.final_size, augment.TEN_CROPS)
     single = scores["single centre view"]
     training = dataclasses.replace(weights.training, val_top1=single.top1, val_top5=single.top5)
     checkpoint.save_weights(folder, dataclasses.replace(weights, training=training))

@@ -42,9 +42,11 @@ class Recipe:
     mean_image: bool
     """Subtract the mean training image; otherwise the mean colour."""
     crop: int
-    """Size at evaluation and in the exported file: the centre of the stored image."""
+    """What counts at evaluation and in the exported file: the centre of the stored image."""
     sizes: tuple[tuple[float, int], ...]
-    """Training size by progress: (share of all steps from which it holds, size)."""
+    """Size of the images that the network is trained on, by progress: (share of all steps from
+    which it holds, size). It is evaluated and served at the last one: networks are much worse at
+    sizes they were not trained on (arXiv:1906.06423)."""
     crop_area: tuple[float, float] | None
     """Area of random resized crops as a fraction of the image; None for random crops unscaled."""
     ema: float | None = None
@@ -74,6 +76,11 @@ class Recipe:
         if step < rise:
             return self.lr * (step + 1) / (rise + 1)
         return self.lr / 2 * (math.cos(math.pi * (step - rise) / (steps - rise)) + 1)
+
+    @property
+    def final_size(self) -> int:
+        """The size at which the network is evaluated and served."""
+        return self.sizes[-1][1]
 
     def training_size(self, step: int, steps_per_epoch: int) -> int:
         """The size of the images that the network is trained on at a step."""

@@ -66,7 +66,9 @@ class Trainer:
 
         torch.manual_seed(config.seed)
         build = ARCHS[config.arch]
-        network = build(len(dataset.classes), image_size=recipe.crop, batch_norm=recipe.batch_norm)
+        network = build(
+            len(dataset.classes), image_size=recipe.final_size, batch_norm=recipe.batch_norm
+        )
         self.model = network.to(device).to(memory_format=torch.channels_last)
         self.optimizer = torch.optim.SGD(
             _parameter_groups(self.model, recipe),

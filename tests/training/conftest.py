@@ -175,6 +175,7 @@ def small_weights() -> checkpoint.Weights:
         labels=labels,
         image_size=16,
         crop=12,
+        network_size=12,
         mean=torch.rand(16, 16, 3) * 255,
         std=torch.tensor([50.0, 60, 70]),
         state=checkpoint.final_state(network),

@@ -168,7 +168,7 @@ def test_a_network_without_all_its_weights_is_refused(small_run, small_weights):
 
 
 def test_weights_of_another_shape_are_refused_in_one_line(small_run):
-    change(small_run, crop=16)
+    change(small_run, crop=16, network_size=16)
     with pytest.raises(CheckpointError) as caught:
         checkpoint.load_weights(small_run).network()
     assert "\n" not in str(caught.value)

@@ -32,6 +32,7 @@ def served_network(weights: checkpoint.Weights, **changes: torch.Tensor) -> Serv
         changes.get("std", weights.std),
         image_size=weights.image_size,
         crop=weights.crop,
+        network_size=weights.network_size,
     ).eval()
 
 
@@ -133,7 +134,7 @@ def test_the_card_says_what_the_run_was(exported, finished):
     weights = exported.weights
     result = json.loads((finished.folder / "result.json").read_text())
     assert (card.architecture, card.precision) == ("inception", "fp32")
-    assert (card.image_size, card.crop) == (64, 64)
+    assert (card.image_size, card.crop, card.network_size) == (64, 64, 32)
     assert [label.name for label in card.labels] == ["amber", "jade", "violet"]
     assert card.parameters == count_parameters(weights.network())
     assert card.resize_rule == RESIZE_RULE
