@@ -22,7 +22,8 @@ class ServedNetwork(nn.Module):
     mean: Tensor
     scale: Tensor
     resize: Tensor | None
-    """Interpolation weights ``[network_size, crop]`` of the rows, and of the columns."""
+    """Interpolation weights ``[network_size, image_size]`` of the rows, and of the columns: crop
+    and resize in one. None where nothing is resized."""
 
     def __init__(
         self,
@@ -36,27 +37,24 @@ class ServedNetwork(nn.Module):
     ) -> None:
         super().__init__()
         self.network = network
-        self.image_size = image_size
-        self.crop = crop
-        self.offset = round((image_size - crop) / 2)
-        if mean.dim() == 3:
-            mean = self._centre(mean[None])
-        self.register_buffer("mean", mean)
-        self.register_buffer("scale", 1 / std)
+        offset = round((image_size - crop) / 2)
         resize = None
+        # A slice of everything would stay in the exported graph, so none where none is needed.
+        self.centre = slice(offset, offset + crop) if crop < image_size else None
         if network_size != crop:
-            whole = torch.tensor([float(crop)], device=mean.device)
-            resize = augment.interpolation(torch.zeros_like(whole), whole, crop, network_size)[0]
+            start = torch.tensor([float(offset)], device=mean.device)
+            length = torch.full_like(start, crop)
+            resize = augment.interpolation(start, length, image_size, network_size)[0]
+            self.centre = None
+        self.register_buffer("mean", self._crop(mean[None]) if mean.dim() == 3 else mean)
+        self.register_buffer("scale", 1 / std)
         self.register_buffer("resize", resize)
 
-    def _centre(self, images: Tensor) -> Tensor:
-        if self.crop == self.image_size:  # a slice of everything would stay in the exported graph
-            return images
-        end = self.offset + self.crop
-        return images[:, self.offset : end, self.offset : end]
+    def _crop(self, images: Tensor) -> Tensor:
+        return images if self.centre is None else images[:, self.centre, self.centre]
 
     def forward(self, images: Tensor) -> Tensor:
-        pixels = (self._centre(images).float() - self.mean) * self.scale
+        pixels = (self._crop(images).float() - self.mean) * self.scale
         pixels = pixels.permute(0, 3, 1, 2)
         if self.resize is not None:
             pixels = self.resize @ pixels @ self.resize.T
