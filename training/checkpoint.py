@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from tinyserve.errors import CheckpointError
 from tinyserve.modelfile import Label, Training
+from training.evaluate import ServedNetwork
 from training.models import ARCHS, is_auxiliary
 
 CHECKPOINT = "checkpoint.pt"
@@ -63,6 +64,17 @@ class Weights:
                 f"at {self.network_size} px"
             ) from error
         return model.eval()
+
+    def served(self) -> ServedNetwork:
+        """The whole graph of the model file with these weights, like :meth:`network`."""
+        return ServedNetwork(
+            self.network(),
+            self.mean,
+            self.std,
+            image_size=self.image_size,
+            crop=self.crop,
+            network_size=self.network_size,
+        ).eval()
 
 
 def final_state(model: nn.Module) -> dict[str, Tensor]:

@@ -62,15 +62,7 @@ def export(run: Path, output: Path, *, data_root: Path | None) -> Path:
     """
     weights = checkpoint.load_weights(run)
     images = gate_images(data_root or _data_of(run), weights)
-    network = weights.network()
-    served = ServedNetwork(
-        network,
-        weights.mean,
-        weights.std,
-        image_size=weights.image_size,
-        crop=weights.crop,
-        network_size=weights.network_size,
-    ).eval()
+    served = weights.served()
     card = ModelCard(
         architecture=weights.arch,
         precision="fp32",
@@ -78,7 +70,7 @@ def export(run: Path, output: Path, *, data_root: Path | None) -> Path:
         image_size=weights.image_size,
         crop=weights.crop,
         network_size=weights.network_size,
-        parameters=count_parameters(network),
+        parameters=count_parameters(served.network),
         training=weights.training,
         parity=None,
     )

@@ -31,7 +31,7 @@ from tinyserve.errors import DeviceError, TinyserveError, UsageError
 from tinyserve.modelfile import Training
 from tinyserve.report import wilson_interval
 from training import augment, checkpoint, data
-from training.evaluate import Score, ServedNetwork, served_accuracy
+from training.evaluate import Score, served_accuracy
 from training.models import ARCHS, count_parameters
 from training.plots import draw_curves
 from training.recipes import RECIPES
@@ -176,18 +176,12 @@ def _finish(
             val_top5=math.nan,
         ),
     )
-    network = weights.network().to(trainer.device).to(memory_format=torch.channels_last)
-    served = ServedNetwork(
-        network,
-        trainer.mean,
-        trainer.std,
-        image_size=config.image_size,
-        crop=recipe.crop,
-        network_size=recipe.final_size,
-    ).to(trainer.device)
+    served = weights.served().to(trainer.device).to(memory_format=torch.channels_last)
     scores = {"single centre view": served_accuracy(served, *trainer.val)}
     if recipe.ten_crop:
-        scores["ten crops"] = trainer.view_accuracy(network, recipe.final_size, augment.TEN_CROPS)
+        scores["ten crops"] = trainer.view_accuracy(
+            served.network, recipe.final_size, augment.TEN_CROPS
+        )
     single = scores["single centre view"]
     training = dataclasses.replace(weights.training, val_top1=single.top1, val_top5=single.top5)
     checkpoint.save_weights(folder, dataclasses.replace(weights, training=training))
