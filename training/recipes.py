@@ -139,7 +139,7 @@ def modern(arch: str) -> Recipe:
     )
 
 
-_CPU_EPOCHS = {"baseline": 3, "alexnet": 1, "inception": 2, "resnet20": 4}
+_CPU_EPOCHS = {"baseline": 2, "alexnet": 1, "inception": 2, "resnet20": 4}
 _CPU_LR = {"baseline": 0.02, "alexnet": 0.05, "inception": 0.2, "resnet20": 0.2}
 _CPU_SIZES = {
     "baseline": ((0.0, 56),),
