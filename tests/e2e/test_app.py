@@ -26,7 +26,7 @@ from tinyserve.modelfile import DEFAULT_MODEL, installed_models
 
 ROOT = Path(__file__).resolve().parents[2]
 START_SECONDS = 120
-MILLISECONDS = 30_000
+MILLISECONDS = 120_000
 """How long the browser waits for what a busy machine may take a while to show."""
 CHROMIUM = [
     "--no-sandbox",
