@@ -15,6 +15,6 @@ for recipe in modern paper; do
         resume=()
         [ -e "$run/checkpoint.pt" ] && resume=(--resume)
         python -m training.fit --arch "$arch" --recipe "$recipe" --out "$run" "${resume[@]}" "$@"
-        [ "$recipe" = modern ] && python -m training.export "$run" -o exported/
+        if [ "$recipe" = modern ]; then python -m training.export "$run" -o exported/; fi
     done
 done
