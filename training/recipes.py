@@ -139,11 +139,11 @@ def modern(arch: str) -> Recipe:
     )
 
 
-_CPU_EPOCHS = {"baseline": 2, "alexnet": 1, "inception": 2, "resnet20": 4}
+_CPU_EPOCHS = {"baseline": 2, "alexnet": 2, "inception": 2, "resnet20": 4}
 _CPU_LR = {"baseline": 0.02, "alexnet": 0.05, "inception": 0.2, "resnet20": 0.2}
 _CPU_SIZES = {
     "baseline": ((0.0, 56),),
-    "alexnet": ((0.0, 24), (0.96, 56)),
+    "alexnet": ((0.0, 24), (0.6, 32), (0.88, 56)),
     "inception": ((0.0, 24), (0.65, 32)),
     "resnet20": ((0.0, 24), (0.55, 32), (0.92, 48)),
 }
