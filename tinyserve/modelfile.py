@@ -46,6 +46,14 @@ class Training:
     val_images: int
     val_top1: float
     val_top5: float
+    initial: "Training | None" = None
+    """Of the weights that the run started from; None where it started from scratch."""
+
+    @classmethod
+    def from_fields(cls, fields: dict[str, Any]) -> "Training":
+        """The inverse of :func:`dataclasses.asdict`."""
+        initial = fields.get("initial")
+        return cls(**{**fields, "initial": None if initial is None else cls.from_fields(initial)})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,7 +106,7 @@ class ModelCard:
                 raise ModelFileError(f"model format {number}, this version reads format {FORMAT}")
             fields["labels"] = tuple(Label(**label) for label in fields["labels"])
             if fields["training"] is not None:
-                fields["training"] = Training(**fields["training"])
+                fields["training"] = Training.from_fields(fields["training"])
             if fields["parity"] is not None:
                 fields["parity"]["batch_sizes"] = tuple(fields["parity"]["batch_sizes"])
                 fields["parity"] = Parity(**fields["parity"])

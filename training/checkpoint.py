@@ -120,7 +120,7 @@ def load_weights(folder: Path) -> Weights:
                 f"(known: {', '.join(ARCHS)})"
             )
         document["labels"] = tuple(Label(**label) for label in document["labels"])
-        document["training"] = Training(**document["training"])
+        document["training"] = Training.from_fields(document["training"])
         document["state"] = {
             name: value.float() if value.is_floating_point() else value
             for name, value in document["state"].items()

@@ -30,7 +30,7 @@ from tqdm import tqdm
 from tinyserve.errors import DeviceError, TinyserveError, UsageError
 from tinyserve.modelfile import Training
 from tinyserve.report import wilson_interval
-from training import augment, checkpoint, data
+from training import augment, checkpoint, data, pretrained
 from training.evaluate import Score, served_accuracy
 from training.models import ARCHS, count_parameters
 from training.plots import draw_curves
@@ -58,7 +58,9 @@ def main(argv: list[str] | None = None) -> int:
             data.locate(arguments.data), image_size=config.image_size, skip_bad=arguments.skip_bad
         )
         out = arguments.out or Path("runs") / f"{config.arch}-{config.recipe.name}"
-        fit(config, dataset, device, Run(out, config, dataset, resume=arguments.resume))
+        initial = pretrained.load(arguments.init) if arguments.init else None
+        run = Run(out, config, dataset, resume=arguments.resume)
+        fit(config, dataset, device, run, initial)
     except TinyserveError as error:
         print(f"training.fit: {error}", file=sys.stderr)
         return error.exit_code
@@ -68,14 +70,20 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def fit(config: Config, dataset: data.Dataset, device: torch.device, run: Run) -> None:
-    """Train, evaluate and write everything into the run's folder.
+def fit(
+    config: Config,
+    dataset: data.Dataset,
+    device: torch.device,
+    run: Run,
+    initial: checkpoint.Weights | None = None,
+) -> None:
+    """Train, from ``initial`` or from scratch, evaluate and write everything into the run's folder.
 
     A resumed run goes on from its checkpoint to the same weights, bit for bit on a CPU, as if it
     had never stopped.
     """
     recipe = config.recipe
-    trainer = Trainer(config, dataset, device)
+    trainer = Trainer(config, dataset, device, initial)
     history: list[Row] = []
     if run.saved is not None:
         trainer.load_state_dict(run.saved["trainer"])
@@ -118,7 +126,7 @@ def fit(config: Config, dataset: data.Dataset, device: torch.device, run: Run) -
                 file=sys.stderr,
             )
     writer.close()
-    _finish(config, dataset, trainer, history, run.folder)
+    _finish(config, dataset, trainer, history, run.folder, initial)
 
 
 def _with_progress(trainer: Trainer, epoch: int) -> Iterator[float | None]:
@@ -148,7 +156,12 @@ def _with_progress(trainer: Trainer, epoch: int) -> Iterator[float | None]:
 
 
 def _finish(
-    config: Config, dataset: data.Dataset, trainer: Trainer, history: list[Row], folder: Path
+    config: Config,
+    dataset: data.Dataset,
+    trainer: Trainer,
+    history: list[Row],
+    folder: Path,
+    initial: checkpoint.Weights | None,
 ) -> None:
     """Evaluate the final weights as they will be served, in fp32, and write them."""
     recipe = config.recipe
@@ -174,6 +187,7 @@ def _finish(
             val_images=len(dataset.val),
             val_top1=math.nan,
             val_top5=math.nan,
+            initial=None if initial is None else initial.training,
         ),
     )
     served = weights.served().to(trainer.device).to(memory_format=torch.channels_last)
@@ -232,6 +246,7 @@ def _configure(arguments: argparse.Namespace) -> tuple[Config, torch.device]:
         precision=_precision(arguments.precision, device),
         image_size=64,
         limit_train=arguments.limit_train,
+        init=None if arguments.init is None else pretrained.identify(arguments.init),
     )
     return config, device
 
@@ -304,6 +319,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--out", "-o", type=Path, help="default: runs/<arch>-<recipe>")
     add("--resume", action="store_true", help="go on with the run in --out")
     add("--limit-train", type=int, metavar="N", help="use only N training images")
+    add(
+        "--init",
+        type=Path,
+        metavar="RUN_OR_ONNX",
+        help="start from the weights of a finished run or an exported file",
+    )
     add("--skip-bad", action="store_true", help="go on without images that cannot be read")
     return parser
 

@@ -27,7 +27,8 @@ class Config:
     """Everything that the weights depend on, the data aside; kept as ``config.json``.
 
     ``image_size`` is the side in pixels at which images are stored; ``limit_train`` the number of
-    training images used, None for all.
+    training images used, None for all; ``init`` names the weights that training started from, None
+    for random ones.
     """
 
     arch: str
@@ -36,6 +37,7 @@ class Config:
     precision: str
     image_size: int
     limit_train: int | None
+    init: str | None = None
 
 
 class Run:

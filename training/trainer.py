@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from tinyserve.errors import UsageError
-from training import augment
+from training import augment, pretrained
+from training.checkpoint import Weights
 from training.data import Dataset
 from training.evaluate import Score, view_accuracy
 from training.models import ARCHS
@@ -21,6 +22,9 @@ CPU_PIXELS = 64 * 64 * 64
 """On a CPU a batch goes through the network in equal parts of at most this many pixels, 64 images
 of 64 x 64: so much keeps the activations below 4 GB, and larger parts are no faster. Batch norm
 then takes its statistics from a part."""
+
+REFIT_IMAGES = 1024
+"""Training images that give the batch norms of weights to start from their first statistics."""
 
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -45,7 +49,13 @@ class Trainer:
     _sums: Tensor
     """Loss and hits of the epoch so far."""
 
-    def __init__(self, config: Config, dataset: Dataset, device: torch.device) -> None:
+    def __init__(
+        self,
+        config: Config,
+        dataset: Dataset,
+        device: torch.device,
+        initial: Weights | None = None,
+    ) -> None:
         recipe = config.recipe
         self.config, self.device = config, device
         self.images = torch.from_numpy(dataset.train.images).to(device)
@@ -64,12 +74,17 @@ class Trainer:
             self.images, self.subset, mean_image=recipe.mean_image
         )
 
+        if initial is not None and initial.mean.dim() == 1:
+            self.mean, self.std = initial.mean.to(device), initial.std.to(device)
         torch.manual_seed(config.seed)
         build = ARCHS[config.arch]
         network = build(
             len(dataset.classes), image_size=recipe.final_size, batch_norm=recipe.batch_norm
         )
         self.model = network.to(device).to(memory_format=torch.channels_last)
+        if initial is not None:
+            pretrained.start_from(self.model, initial, dataset.classes)
+            self._refit_norms()
         self.optimizer = torch.optim.SGD(
             _parameter_groups(self.model, recipe),
             lr=recipe.lr,
@@ -192,6 +207,15 @@ class Trainer:
         self._start_epoch()
         self._sums += state["sums"].to(self.device)
         self._seconds_before = state["seconds"]
+
+    def _refit_norms(self) -> None:
+        size = self.config.recipe.training_size(0, self.steps_per_epoch)
+        some = self.subset[:: math.ceil(len(self.subset) / REFIT_IMAGES)]
+        pixels = augment.normalise(self.images[some], self.mean, self.std)
+        count, height, width, _ = pixels.shape
+        crop = self.config.recipe.crop
+        boxes = augment.placed_crops(count, height, width, crop, self.device)
+        pretrained.refit_norms(self.model, augment.extract(pixels, boxes, size))
 
     def _start_epoch(self) -> None:
         self._order = None

@@ -1,0 +1,182 @@
+"""A trained network to start from or to learn from, read from a run's folder or a model file.
+
+An exported file holds each batch norm folded into the layer before it. :func:`load_network` reads
+such a network back with its batch norms as identities plus a bias, which computes the same in
+evaluation mode; :func:`refit_norms` then makes them real ones again, for further training.
+"""
+
+import hashlib
+import math
+from collections.abc import Iterable
+from pathlib import Path
+
+import onnx
+import torch
+from onnx import numpy_helper
+from torch import Tensor, nn
+
+from tinyserve.engine import read_card
+from tinyserve.errors import CheckpointError, ModelFileError
+from tinyserve.modelfile import Label
+from training import checkpoint
+from training.models import ARCHS, is_auxiliary
+
+_PREFIX = "network."
+"""Of the names that the network's tensors have in a model file."""
+
+_Norm = nn.modules.batchnorm._BatchNorm
+
+
+def load(path: Path) -> checkpoint.Weights:
+    """The weights of a finished run's folder, or of a ``.onnx`` file that was exported from one.
+
+    Raises :class:`~tinyserve.errors.CheckpointError` where there is neither.
+    """
+    if path.is_dir():
+        return checkpoint.load_weights(path)
+    if not path.exists():
+        raise CheckpointError(f"no such run or model file: {path}")
+    try:
+        card = read_card(path)
+        graph = onnx.load(path).graph
+    except ModelFileError as error:
+        raise CheckpointError(str(error)) from error
+    except Exception as error:  # protobuf and ONNX raise almost anything
+        raise CheckpointError(f"{path} is damaged or is no model file") from error
+    if card.training is None or card.precision != "fp32":
+        raise CheckpointError(f"{path} is not the fp32 export of a training run")
+    if card.architecture not in ARCHS:
+        raise CheckpointError(f"{path}: unknown architecture {card.architecture!r}")
+    tensors = {t.name: torch.from_numpy(numpy_helper.to_array(t).copy()) for t in graph.initializer}
+    for batch_norm in (True, False):
+        model = ARCHS[card.architecture](
+            len(card.labels), image_size=card.network_size, batch_norm=batch_norm
+        )
+        state = _unfold(model, tensors)
+        if state is not None:
+            return checkpoint.Weights(
+                arch=card.architecture,
+                batch_norm=batch_norm,
+                labels=card.labels,
+                image_size=card.image_size,
+                crop=card.crop,
+                network_size=card.network_size,
+                mean=tensors["mean"],
+                std=1 / tensors["scale"],
+                state=state,
+                training=card.training,
+            )
+    raise CheckpointError(f"{path} does not hold the tensors of {card.architecture}")
+
+
+def identify(path: Path) -> str:
+    """Name and SHA-256 of the file that :func:`load` reads."""
+    file = path / checkpoint.WEIGHTS if path.is_dir() else path
+    try:
+        with file.open("rb") as stream:
+            return f"{path.name} {hashlib.file_digest(stream, 'sha256').hexdigest()}"
+    except OSError as error:
+        raise CheckpointError(f"cannot read {file}: {error.strerror}") from error
+
+
+def _unfold(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor] | None:
+    """The state dict of ``model`` from a graph's tensors; None where they do not fit.
+
+    A batch norm that is missing was folded into the layer registered just before it, whose bias, if
+    it has none itself, is stored as ``<weight's name>_bias``.
+    """
+    state = {name: value for name, value in model.state_dict().items() if not is_auxiliary(name)}
+    found = {
+        name: tensors[_PREFIX + name]
+        for name, value in state.items()
+        if _PREFIX + name in tensors and tensors[_PREFIX + name].shape == value.shape
+    }
+    used = {_PREFIX + name for name in found}
+    before = ""
+    for name, module in model.named_modules():
+        if is_auxiliary(name) or next(module.children(), None) is not None:
+            continue
+        if isinstance(module, _Norm) and f"{name}.weight" not in found:
+            bias = f"{_PREFIX}{before}.weight_bias"
+            folded = tensors.get(bias)
+            used.add(bias)
+            if folded is None:
+                folded = torch.zeros(module.num_features)
+            # Filters of the length that they start with: SGD's steps suit neither the dwarfs nor the
+            # giants that folding leaves.
+            filters = found[f"{before}.weight"]
+            length = (filters.flatten(1).norm(dim=1) / math.sqrt(2)).clamp(min=1e-12)
+            found[f"{before}.weight"] = (filters.transpose(0, -1) / length).transpose(0, -1)
+            if f"{before}.bias" in found:
+                found[f"{before}.bias"] = found[f"{before}.bias"] / length
+            found[f"{name}.weight"] = length
+            found[f"{name}.bias"] = folded
+            found[f"{name}.running_mean"] = torch.zeros(module.num_features)
+            found[f"{name}.running_var"] = torch.ones(module.num_features) - module.eps
+        if isinstance(module, _Norm):
+            found.setdefault(f"{name}.num_batches_tracked", torch.zeros((), dtype=torch.long))
+        elif next(module.parameters(), None) is not None:
+            before = name
+    unused = {name for name in tensors if name.startswith(_PREFIX)} - used
+    return found if found.keys() == state.keys() and not unused else None
+
+
+def refit_norms(model: nn.Module, images: Tensor) -> None:
+    """Give every batch norm the statistics of ``images``, without changing what ``model`` computes.
+
+    ``images`` is normalised, float ``[N, 3, S, S]``, on the model's device. Scale and bias follow
+    the new statistics, so that in evaluation mode every layer's output stays what it was, and
+    training mode computes nearly the same.
+    """
+
+    def refit(norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        assert isinstance(norm, _Norm)
+        (x,) = inputs
+        across = [dim for dim in range(x.dim()) if dim != 1]
+        variance, mean = torch.var_mean(x.float(), dim=across, correction=0)
+        scale = norm.weight / (norm.running_var + norm.eps).sqrt()
+        norm.bias += (mean - norm.running_mean) * scale
+        norm.weight.copy_(scale * (variance + norm.eps).sqrt())
+        norm.running_mean.copy_(mean)
+        norm.running_var.copy_(variance)
+
+    norms: Iterable[nn.Module] = [m for m in model.modules() if isinstance(m, _Norm)]
+    hooks = [norm.register_forward_pre_hook(refit) for norm in norms]
+    training = model.training
+    model.eval()  # no dropout, and in layer order: each norm is refitted before it is applied
+    try:
+        with torch.no_grad():
+            model(images)
+    finally:
+        for hook in hooks:
+            hook.remove()
+        model.train(training)
+
+
+def start_from(model: nn.Module, weights: checkpoint.Weights, classes: tuple[Label, ...]) -> None:
+    """Copy trained weights into a network of the same architecture.
+
+    The classifying layer keeps its own start unless the classes are the same, in the same order.
+    Auxiliary heads, which no file holds, keep theirs.
+    """
+    own = model.state_dict()
+    same_classes = weights.labels == classes
+    taken = {
+        name: value
+        for name, value in weights.state.items()
+        if same_classes or not name.startswith(_classifier(model))
+    }
+    if misfits := [
+        name for name, value in taken.items() if name not in own or own[name].shape != value.shape
+    ]:
+        raise CheckpointError(
+            f"the weights to start from, {weights.arch} at {weights.network_size} px, "
+            f"do not fit this network (at {misfits[0]})"
+        )
+    model.load_state_dict(taken, strict=False)
+
+
+def _classifier(model: nn.Module) -> str:
+    """Name of the last linear layer of the network itself."""
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    return [name for name in names if not is_auxiliary(name)][-1] + "."
