@@ -233,7 +233,8 @@ def _configure(arguments: argparse.Namespace) -> tuple[Config, torch.device]:
         for name in ("epochs", "batch_size", "lr")
         if getattr(arguments, name) is not None
     }
-    recipe = dataclasses.replace(RECIPES[arguments.recipe](arguments.arch), **overrides)
+    recipe = RECIPES[arguments.recipe](arguments.arch).changed(arguments.set)
+    recipe = dataclasses.replace(recipe, **overrides)
     if arguments.limit_train is not None and arguments.limit_train < 1:
         raise UsageError("--limit-train must be at least 1")
     if not 0 <= arguments.seed < 2**64:
@@ -307,6 +308,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--epochs", type=int, help="default: the recipe's, as for the next two")
     add("--batch-size", "-b", type=int)
     add("--lr", type=float, help="peak learning rate at this batch size")
+    add(
+        "--set",
+        action="append",
+        default=[],
+        metavar="FIELD=JSON",
+        help="change any field of the recipe, such as label_smoothing=0 (may be repeated)",
+    )
     add("--data", type=Path, help=f"default: {data.DEFAULT_ROOT}, downloaded if it is not there")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto")
     add(

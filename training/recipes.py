@@ -6,10 +6,11 @@
 """
 
 import dataclasses
+import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from tinyserve.errors import UsageError
 
@@ -77,6 +78,23 @@ class Recipe:
             return self.lr * (step + 1) / (rise + 1)
         return self.lr / 2 * (math.cos(math.pi * (step - rise) / (steps - rise)) + 1)
 
+    def changed(self, assignments: Iterable[str]) -> "Recipe":
+        """This recipe with some fields set, each as ``field=value`` with the value in JSON."""
+        known = {field.name: field for field in dataclasses.fields(self) if field.name != "name"}
+        changes: dict[str, Any] = {}
+        for assignment in assignments:
+            name, _, text = assignment.partition("=")
+            if name not in known:
+                raise UsageError(f"a recipe has no field {name!r} (known: {', '.join(known)})")
+            try:
+                changes[name] = _as_tuples(json.loads(text))
+            except ValueError as error:
+                raise UsageError(f"{assignment}: the value is not JSON") from error
+        try:
+            return dataclasses.replace(self, **changes)
+        except (TypeError, IndexError) as error:
+            raise UsageError(f"a recipe cannot have {', '.join(assignments)} ({error})") from error
+
     @property
     def final_size(self) -> int:
         """The size at which the network is evaluated and served."""
@@ -86,6 +104,10 @@ class Recipe:
         """The size of the images that the network is trained on at a step."""
         progress = step / (self.epochs * steps_per_epoch)
         return [size for start, size in self.sizes if start <= progress][-1]
+
+
+def _as_tuples(value: Any) -> Any:
+    return tuple(map(_as_tuples, value)) if isinstance(value, list) else value
 
 
 def paper(arch: str) -> Recipe:
