@@ -102,8 +102,8 @@ def _unfold(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor] |
             used.add(bias)
             if folded is None:
                 folded = torch.zeros(module.num_features)
-            # Filters of the length that they start with: SGD's steps suit neither the dwarfs nor the
-            # giants that folding leaves.
+            # Filters of the length that they start with: one step size suits neither the dwarfs nor
+            # the giants that folding leaves.
             filters = found[f"{before}.weight"]
             length = (filters.flatten(1).norm(dim=1) / math.sqrt(2)).clamp(min=1e-12)
             found[f"{before}.weight"] = (filters.transpose(0, -1) / length).transpose(0, -1)
