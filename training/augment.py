@@ -38,6 +38,12 @@ class Boxes:
     flip: Tensor
     """bool: mirror left and right."""
 
+    def __getitem__(self, part: slice) -> "Boxes":
+        """The regions of some of the images."""
+        return Boxes(
+            self.top[part], self.left[part], self.height[part], self.width[part], self.flip[part]
+        )
+
 
 def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """``(images - mean) / std`` as float32 ``[N, H, W, 3]``; both in units of 0..255.

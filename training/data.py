@@ -1,7 +1,8 @@
 """A data set as one uint8 array a split, decoded once.
 
 Two layouts are read: Tiny ImageNet as it was published, and any tree of class folders,
-``train/<class>/**`` and ``val/<class>/**``. Classes are the folders below ``train``, sorted.
+``train/<class>/**`` and ``val/<class>/**``, or ``<class>/**`` alone. Classes are the folders below
+``train``, sorted. Without ``val`` a tenth of the training images is held out.
 
 The decoded arrays are kept beside the data (``.tinyserve-cache/``), or in the user's cache folder
 where that is not writable, and memory-mapped on every later start.
@@ -11,6 +12,7 @@ import contextlib
 import hashlib
 import http.client
 import json
+import math
 import os
 import shutil
 import sys
@@ -34,6 +36,9 @@ DEFAULT_ROOT = Path("data/tiny-imagenet-200")
 URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
 ZIP_BYTES = 248_100_043
 ZIP_MD5 = "90528d7ca1a48142e341f4ef8d21d0de"
+
+HOLDOUT = 0.1
+"""Share of the training images that is held out where there is no validation split."""
 
 _CACHE_FOLDER = ".tinyserve-cache"
 _CHUNK = 1 << 20
@@ -60,43 +65,103 @@ class Dataset:
     classes: tuple[Label, ...]
     train: Split
     val: Split
+    held_out: NDArray[np.int64]
+    """Indices into ``train`` of the images that are not to be trained on: where there is something
+    here, they are what is in ``val``."""
     root: Path
     fingerprint: str
     """SHA-256 over every file's relative path and size: the same for every copy of the data."""
 
 
-def load(root: Path, *, image_size: int = 64, skip_bad: bool = False) -> Dataset:
+def load(root: Path, *, image_size: int = 64, skip_bad: bool = False, holdout: int = 0) -> Dataset:
     """The data set below ``root``, every image resized to ``image_size`` x ``image_size``.
 
-    ``skip_bad`` leaves damaged images out instead of stopping. Raises :class:`DataError` where the
-    layout is not understood, a split has no images, or an image is damaged.
+    ``holdout`` training images, evenly of all classes and always the same, become the validation
+    split. So does :data:`HOLDOUT` of a tree that has no ``val/``. ``skip_bad`` leaves damaged
+    images out instead of stopping. Raises :class:`DataError` where the layout is not understood, a
+    split has no images, or an image is damaged.
     """
     if not root.is_dir():
         raise DataError(f"no such folder: {root}")
-    for split in ("train", "val"):
-        if not (root / split).is_dir():
-            raise DataError(
-                f"{root} has no folder {split}/: wanted train/<class>/* and val/<class>/*"
-            )
-    names = sorted(entry.name for entry in (root / "train").iterdir() if entry.is_dir())
+    train_folder = root / "train"
+    if not train_folder.is_dir():
+        if (root / "val").is_dir():
+            raise DataError(f"{root} has a folder val/, but no train/: wanted train/<class>/*")
+        train_folder = root
+    names = sorted(
+        entry.name
+        for entry in train_folder.iterdir()
+        if entry.is_dir() and not entry.name.startswith(".")
+    )
     if not names:
-        raise DataError(f"{root / 'train'} has no class folders")
+        raise DataError(f"{train_folder} has no class folders: wanted train/<class>/*")
+    if len(names) == 1:
+        raise DataError(f"{train_folder} has one class folder, {names[0]}/: wanted two or more")
     index = {name: position for position, name in enumerate(names)}
     train_files = [
-        (path, index[name]) for name in names for path in walk_images(root / "train" / name)
+        (path, index[name]) for name in names for path in walk_images(train_folder / name)
     ]
-    val_files = _val_files(root / "val", index)
-    for split, files in (("train", train_files), ("val", val_files)):
-        if not files:
-            raise DataError(f"no images in {root / split}")
+    if not train_files:
+        raise DataError(f"no images in {train_folder}")
+    if empty := sorted(set(names) - {names[label] for _, label in train_files}):
+        _note(f"no training images of {len(empty)} classes: {_some(empty)}")
+    train = _decode_split(root, "train", train_files, image_size, skip_bad=skip_bad)
+
+    val_files: list[tuple[str, int]] = []
+    held_out = np.array([], dtype=np.int64)
+    if (root / "val").is_dir() and not holdout:
+        val_files = _val_files(root / "val", index)
+        if not val_files:
+            raise DataError(f"no images in {root / 'val'}")
+        val = _decode_split(root, "val", val_files, image_size, skip_bad=skip_bad)
+        _warn_of_duplicates(train, val)
+    else:
+        held_out = _evenly(train.labels, holdout or math.ceil(HOLDOUT * len(train)))
+        val = Split(train.images[held_out], train.labels[held_out])
+        why = "" if holdout else f"{root} has no val/: "
+        _note(f"{why}{len(val):,} of {len(train):,} training images are held out for validation")
     return Dataset(
         name=root.absolute().name,
         root=root,
         classes=_labels(root, names),
-        train=_decode_split(root, "train", train_files, image_size, skip_bad=skip_bad),
-        val=_decode_split(root, "val", val_files, image_size, skip_bad=skip_bad),
+        train=train,
+        val=val,
+        held_out=held_out,
         fingerprint=_fingerprint(root, train_files + val_files, with_time=False),
     )
+
+
+def _evenly(labels: NDArray[np.int64], count: int) -> NDArray[np.int64]:
+    """Indices of ``count`` images, drawn at random, but the same share of every class."""
+    if not 0 < count < len(labels):
+        raise DataError(f"cannot hold {count:,} of {len(labels):,} training images out")
+    order = np.random.default_rng(0).permutation(len(labels))
+    order = order[np.argsort(labels[order], kind="stable")]
+    sizes = np.bincount(labels)
+    starts = np.cumsum(sizes) - sizes
+    place = np.arange(len(labels)) - starts[labels[order]]
+    # The image in the middle of the n-th k-th of its class comes n-th of its class: no class gives
+    # its last image before every other has given the same share.
+    share = (place + 0.5) / sizes[labels[order]]
+    return np.sort(order[np.argsort(share, kind="stable")[:count]])
+
+
+def _warn_of_duplicates(train: Split, val: Split) -> None:
+    """Say how many validation images are training images, too, pixel for pixel."""
+    digests = {hashlib.blake2b(image.data, digest_size=16).digest() for image in train.images}
+    twice = sum(
+        hashlib.blake2b(image.data, digest_size=16).digest() in digests for image in val.images
+    )
+    if twice:
+        _note(f"{twice:,} of {len(val):,} validation images are training images, too")
+
+
+def _note(words: str) -> None:
+    print(f"note: {words}", file=sys.stderr)
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
 
 
 def locate(root: Path | None) -> Path:

@@ -6,6 +6,7 @@ Try it on a CPU in a minute, then for real::
     python -m training.fit --arch inception                     # Tiny ImageNet, the modern recipe
     python -m training.fit --arch resnet20 --recipe paper       # as in the paper
     python -m training.fit --arch resnet20 --data my_photos/    # train/<class>/*, val/<class>/*
+    torchrun --nproc-per-node=4 -m training.fit --arch resnet20     # on four GPUs
 
 Stopped runs (Ctrl-C, SIGTERM, a crash) go on with the same command and ``--resume``. A run leaves
 in its folder: ``config.json``, ``history.csv``, ``curves.png``, TensorBoard events,
@@ -15,8 +16,11 @@ in its folder: ``config.json``, ``history.csv``, ``curves.png``, TensorBoard eve
 import argparse
 import dataclasses
 import math
+import os
+import resource
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,86 +28,112 @@ from types import FrameType
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from tinyserve.errors import DeviceError, TinyserveError, UsageError
 from tinyserve.modelfile import Training
 from tinyserve.report import wilson_interval
-from training import augment, checkpoint, data, pretrained
+from training import augment, checkpoint, data, distributed, pretrained
+from training.distributed import Workers
 from training.evaluate import Score, served_accuracy
 from training.models import ARCHS, count_parameters
-from training.plots import draw_curves
-from training.recipes import RECIPES
-from training.run import Config, Row, Run, commit, write_json
+from training.recipes import RECIPES, SMALLEST_IMAGE
+from training.run import Config, Row, Run, commit
 from training.trainer import PRECISIONS, Trainer
+
+LARGEST_IMAGE = 1024
+"""Pixels, of ``--image-size``."""
 
 LOSS_EVERY = 20
 """Steps from one reading of the loss to the next."""
 
 
 class StoppedError(TinyserveError):
-    """A signal asked the run to stop; its checkpoint is written."""
+    """The run was asked to stop; its checkpoint is written."""
 
-    def __init__(self, signal_number: int, out: Path) -> None:
-        super().__init__(f"stopped; checkpoint in {out}, go on with the same command and --resume")
-        self.exit_code = 128 + signal_number
+    def __init__(self, reason: str, exit_code: int, trainer: Trainer, folder: Path) -> None:
+        super().__init__(
+            f"{reason} at step {trainer.step} of {trainer.steps}; checkpoint in {folder}, "
+            "go on with the same command and --resume"
+        )
+        self.exit_code = exit_code
 
 
 def main(argv: list[str] | None = None) -> int:
+    started = time.monotonic()
     arguments = _parser().parse_args(argv)
+    speaks = os.environ.get("RANK", "0") == "0"
     try:
         config, device = _configure(arguments)
-        dataset = data.load(
-            data.locate(arguments.data), image_size=config.image_size, skip_bad=arguments.skip_bad
-        )
-        out = arguments.out or Path("runs") / f"{config.arch}-{config.recipe.name}"
-        initial = pretrained.load(arguments.init) if arguments.init else None
-        run = Run(out, config, dataset, resume=arguments.resume)
-        fit(config, dataset, device, run, initial)
+        deadline = None if arguments.time_limit is None else started + arguments.time_limit
+        with distributed.joined(device) as workers:
+            _fit_from_files(arguments, config, device, workers, deadline)
     except TinyserveError as error:
-        print(f"training.fit: {error}", file=sys.stderr)
+        if speaks:
+            print(f"training.fit: {error}", file=sys.stderr)
         return error.exit_code
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"training.fit: {where}{error.strerror or error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("training.fit: interrupted", file=sys.stderr)
         return 128 + signal.SIGINT
     return 0
 
 
-def fit(
+def _fit_from_files(
+    arguments: argparse.Namespace,
     config: Config,
-    dataset: data.Dataset,
     device: torch.device,
-    run: Run,
-    initial: checkpoint.Weights | None = None,
+    workers: Workers,
+    deadline: float | None,
 ) -> None:
-    """Train, from ``initial`` or from scratch, evaluate and write everything into the run's folder.
+    initial = None if arguments.init is None else pretrained.load(arguments.init)
+    teachers = [pretrained.load(path) for path in arguments.teacher]
+    with workers.first_before_others():  # the first decodes the images, the others map its array
+        dataset = data.load(
+            data.locate(arguments.data),
+            image_size=config.image_size,
+            skip_bad=arguments.skip_bad,
+            holdout=config.holdout,
+        )
+    out = arguments.out or Path("runs") / f"{config.arch}-{config.recipe.name}"
+    run = Run(out, config, dataset, resume=arguments.resume, workers=workers)
+    trainer = Trainer(config, dataset, device, initial=initial, teachers=teachers, workers=workers)
+    history = fit(trainer, run, deadline)
+    _finish(dataset, trainer, run, history, initial)
+
+
+def fit(trainer: Trainer, run: Run, deadline: float | None = None) -> list[Row]:
+    """Train to the last step, leaving in the run's folder what it takes to go on from there.
+
+    Returns the history, a row for every epoch.
 
     A resumed run goes on from its checkpoint to the same weights, bit for bit on a CPU, as if it
-    had never stopped.
+    had never stopped. Raises :class:`StoppedError` after a signal, and once
+    :func:`time.monotonic` has passed ``deadline``.
     """
+    config, workers = trainer.config, trainer.workers
     recipe = config.recipe
-    trainer = Trainer(config, dataset, device, initial)
     history: list[Row] = []
     if run.saved is not None:
         trainer.load_state_dict(run.saved["trainer"])
         history = run.saved["history"]
-        print(f"resumed at step {trainer.step} of {trainer.steps}", file=sys.stderr)
-    print(
-        f"{config.arch}, {count_parameters(trainer.model):,} parameters, recipe {recipe.name}: "
-        f"{recipe.epochs} epochs of {trainer.steps_per_epoch} steps of {trainer.batch_size} "
-        f"images, {config.precision} on {_device_name(device)}, into {run.folder}",
-        file=sys.stderr,
-    )
-    writer = SummaryWriter(str(run.folder), purge_step=trainer.step)
-    with _stop_signals() as stop:
+    if workers.first:
+        if run.saved is not None:
+            print(f"resumed at step {trainer.step} of {trainer.steps}", file=sys.stderr)
+        print(_introduction(trainer, run), file=sys.stderr)
+    with _events(trainer, run) as writer, _stop_signals(deadline) as stop:
         while trainer.step < trainer.steps:
             epoch = trainer.step // trainer.steps_per_epoch + 1
             for loss in _with_progress(trainer, epoch):
-                if stop.signal_number is not None:
+                if _should_stop(trainer, stop):
                     run.save_checkpoint({"trainer": trainer.state_dict(), "history": history})
-                    raise StoppedError(stop.signal_number, run.folder)
-                if loss is not None:
+                    raise StoppedError(*stop.reason(), trainer, run.folder)
+                if loss is not None and writer is not None:
                     writer.add_scalar("step/loss", loss, trainer.step)
                     writer.add_scalar("step/lr", trainer.lr, trainer.step)
             row = trainer.finish_epoch()
@@ -113,35 +143,45 @@ def fit(
                 )
             history.append(row)
             run.save_checkpoint({"trainer": trainer.state_dict(), "history": history})
-            run.write_history(history)
-            title = f"{config.arch}, recipe {recipe.name}"
-            draw_curves(run.folder / "curves.png", title, history, recipe, trainer.steps_per_epoch)
-            for name, value in row.items():
-                writer.add_scalar(f"epoch/{name}", value, trainer.step)
-            print(
-                f"epoch {epoch}: train loss {row['train_loss']:.3f} "
-                f"top-1 {100 * row['train_top1']:.2f} %, "
-                f"validation top-1 {100 * row['val_top1']:.2f} % at {row['size']} px, "
-                f"{row['images_per_second']:.0f} images/s",
-                file=sys.stderr,
-            )
-    writer.close()
-    _finish(config, dataset, trainer, history, run.folder, initial)
+            run.write_history(history, f"{config.arch}, recipe {recipe.name}", recipe)
+            if writer is not None:
+                for name, value in row.items():
+                    writer.add_scalar(f"epoch/{name}", value, trainer.step)
+            if workers.first:
+                print(
+                    f"epoch {epoch}: train loss {row['train_loss']:.3f} "
+                    f"top-1 {100 * row['train_top1']:.2f} %, "
+                    f"validation top-1 {100 * row['val_top1']:.2f} % at {row['size']} px, "
+                    f"{row['images_per_second']:.0f} images/s",
+                    file=sys.stderr,
+                )
+    return history
+
+
+def _introduction(trainer: Trainer, run: Run) -> str:
+    config, workers = trainer.config, trainer.workers
+    processes = f" in {workers.count} processes" if workers.count > 1 else ""
+    return (
+        f"{config.arch}, {count_parameters(trainer.model):,} parameters, recipe "
+        f"{config.recipe.name}: {config.recipe.epochs} epochs of {trainer.steps_per_epoch} steps "
+        f"of {trainer.batch_size} images, {config.precision} on {_device_name(trainer.device)}"
+        f"{processes}, into {run.folder}"
+    )
 
 
 def _with_progress(trainer: Trainer, epoch: int) -> Iterator[float | None]:
     """Run the rest of an epoch behind a progress bar; yields before every step.
 
-    What it yields is the last loss where that was read, and otherwise None: reading it waits for
-    the device.
+    What it yields is a new reading of the loss where there is one, and otherwise None.
     """
     bar = tqdm(
         total=trainer.steps_per_epoch * trainer.batch_size,
         initial=trainer.step % trainer.steps_per_epoch * trainer.batch_size,
         desc=f"epoch {epoch}/{trainer.config.recipe.epochs}",
         unit="image",
-        disable=None,
+        disable=None if trainer.workers.first else True,
     )
+    meter = _Meter(trainer.device)
     with bar:
         value = None
         while trainer.step < epoch * trainer.steps_per_epoch:
@@ -149,22 +189,47 @@ def _with_progress(trainer: Trainer, epoch: int) -> Iterator[float | None]:
             loss, value = trainer.train_step(), None
             bar.update(trainer.batch_size)
             if trainer.step % LOSS_EVERY == 0:
-                value = loss.item()
+                value = meter.read(loss)
+            if value is not None:
                 bar.set_postfix(
                     loss=f"{value:.3f}", lr=f"{trainer.lr:.4f}", size=trainer.size, refresh=False
                 )
 
 
+class _Meter:
+    """Reads a number off the device without waiting for it: each reading is of the one before."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._arrived = torch.cuda.Event() if device.type == "cuda" else None
+        self._number = torch.zeros((), pin_memory=self._arrived is not None)
+        self._pending = False
+
+    def read(self, number: Tensor) -> float | None:
+        """The number of an earlier call that has arrived, None where none has; on a CPU this one's.
+
+        ``number`` is a scalar on the device, which is copied for a later call.
+        """
+        if self._arrived is None:
+            return number.item()
+        if self._pending and not self._arrived.query():
+            return None
+        value = self._number.item() if self._pending else None
+        self._number.copy_(number, non_blocking=True)
+        self._arrived.record()
+        self._pending = True
+        return value
+
+
 def _finish(
-    config: Config,
     dataset: data.Dataset,
     trainer: Trainer,
+    run: Run,
     history: list[Row],
-    folder: Path,
     initial: checkpoint.Weights | None,
 ) -> None:
     """Evaluate the final weights as they will be served, in fp32, and write them."""
-    recipe = config.recipe
+    config, recipe = trainer.config, trainer.config.recipe
+    held_out = f", {len(dataset.val):,} held out of train" if len(dataset.held_out) else ""
     weights = checkpoint.Weights(
         arch=config.arch,
         batch_norm=recipe.batch_norm,
@@ -176,7 +241,7 @@ def _finish(
         std=trainer.std.cpu(),
         state=checkpoint.final_state(trainer.evaluated),
         training=Training(
-            dataset=dataset.name,
+            dataset=dataset.name + held_out,
             dataset_fingerprint=dataset.fingerprint,
             train_images=len(trainer.subset),
             recipe=recipe.name,
@@ -190,6 +255,8 @@ def _finish(
             initial=None if initial is None else initial.training,
         ),
     )
+    if not trainer.workers.first:
+        return
     served = weights.served().to(trainer.device).to(memory_format=torch.channels_last)
     scores = {"single centre view": served_accuracy(served, *trainer.val)}
     if recipe.ten_crop:
@@ -198,11 +265,15 @@ def _finish(
         )
     single = scores["single centre view"]
     training = dataclasses.replace(weights.training, val_top1=single.top1, val_top5=single.top5)
-    checkpoint.save_weights(folder, dataclasses.replace(weights, training=training))
-    result = {views: _describe(score) for views, score in scores.items()}
-    write_json(
-        folder / "result.json",
-        {**result, "training_seconds": sum(row["seconds"] for row in history)},
+    run.save_weights(dataclasses.replace(weights, training=training))
+    run.write_json(
+        "result.json",
+        {
+            **{views: _describe(score) for views, score in scores.items()},
+            "training_seconds": sum(row["seconds"] for row in history),
+            "parameters": count_parameters(served.network),
+            "peak_memory_bytes": _peak_memory(trainer.device),
+        },
     )
     for views, score in scores.items():
         low, high = wilson_interval(score.correct_top1, score.images)
@@ -211,7 +282,11 @@ def _finish(
             f"({score.correct_top1} of {score.images}; 95 % {100 * low:.2f} to {100 * high:.2f}), "
             f"top-5 {100 * score.top5:.2f} %"
         )
-    print(f"export it with: python -m training.export {folder} -o exported/", file=sys.stderr)
+    print(
+        f"export it with: python -m training.export {run.folder} -o exported/\n"
+        f"serve it with:  tinyserve classify IMAGES -m exported/{config.arch}.onnx",
+        file=sys.stderr,
+    )
 
 
 def _describe(score: Score) -> dict[str, Any]:
@@ -233,21 +308,28 @@ def _configure(arguments: argparse.Namespace) -> tuple[Config, torch.device]:
         for name in ("epochs", "batch_size", "lr")
         if getattr(arguments, name) is not None
     }
-    recipe = RECIPES[arguments.recipe](arguments.arch).changed(arguments.set)
-    recipe = dataclasses.replace(recipe, **overrides)
+    recipe = RECIPES[arguments.recipe](arguments.arch).at(arguments.image_size)
+    recipe = dataclasses.replace(recipe.changed(arguments.set), **overrides)
     if arguments.limit_train is not None and arguments.limit_train < 1:
         raise UsageError("--limit-train must be at least 1")
     if not 0 <= arguments.seed < 2**64:
         raise UsageError("--seed must be from 0 to 2^64 - 1")
+    if arguments.holdout < 0:
+        raise UsageError("--holdout must be at least 0")
+    if not SMALLEST_IMAGE <= arguments.image_size <= LARGEST_IMAGE:
+        raise UsageError(f"--image-size must be from {SMALLEST_IMAGE} to {LARGEST_IMAGE}")
     device = _device(arguments.device)
     config = Config(
         arch=arguments.arch,
         recipe=recipe,
         seed=arguments.seed,
         precision=_precision(arguments.precision, device),
-        image_size=64,
+        image_size=arguments.image_size,
         limit_train=arguments.limit_train,
+        holdout=arguments.holdout,
         init=None if arguments.init is None else pretrained.identify(arguments.init),
+        teachers=tuple(pretrained.identify(path) for path in arguments.teacher),
+        compile=arguments.compile,
     )
     return config, device
 
@@ -277,23 +359,69 @@ def _device_name(device: torch.device) -> str:
     return f"{torch.get_num_threads()} CPU threads"
 
 
+def _peak_memory(device: torch.device) -> int:
+    """Bytes: the most that was allocated on a GPU, or was resident on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
+
+
+@contextmanager
+def _events(trainer: Trainer, run: Run) -> Iterator[SummaryWriter | None]:
+    """TensorBoard's log, in the first process."""
+    if not trainer.workers.first:
+        yield None
+        return
+    writer = SummaryWriter(str(run.folder), purge_step=trainer.step)
+    try:
+        yield writer
+    finally:
+        writer.close()
+
+
 class _Stop:
-    signal_number: int | None = None
+    """Why a run should stop, if it should."""
+
+    def __init__(self, deadline: float | None) -> None:
+        self.signal_number: int | None = None
+        self._deadline = deadline
 
     def __call__(self, number: int, _frame: FrameType | None) -> None:
         self.signal_number = number
 
+    def __bool__(self) -> bool:
+        passed = self._deadline is not None and time.monotonic() >= self._deadline
+        return passed or self.signal_number is not None
+
+    def reason(self) -> tuple[str, int]:
+        """In words, and as an exit code. A time limit is no failure."""
+        if self.signal_number is not None:
+            return "stopped", 128 + self.signal_number
+        return "time limit reached", 0
+
 
 @contextmanager
-def _stop_signals() -> Iterator[_Stop]:
+def _stop_signals(deadline: float | None) -> Iterator[_Stop]:
     """SIGINT and SIGTERM set a flag that the loop reads between two steps."""
-    stop = _Stop()
+    stop = _Stop(deadline)
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield stop
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _should_stop(trainer: Trainer, stop: _Stop) -> bool:
+    workers = trainer.workers
+    if workers.count == 1:
+        return bool(stop)
+    # All must stop at the same step. Asking the others waits for them, so not at every one.
+    if trainer.step % LOSS_EVERY:
+        return False
+    wish = torch.tensor(float(bool(stop)), device=trainer.device)
+    return bool(workers.total(wish) > 0)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -333,6 +461,18 @@ def _parser() -> argparse.ArgumentParser:
         metavar="RUN_OR_ONNX",
         help="start from the weights of a finished run or an exported file",
     )
+    add(
+        "--teacher",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="RUN_OR_ONNX",
+        help="learn from this trained network, too (repeated: from the mean of several)",
+    )
+    add("--holdout", type=int, default=0, metavar="N", help="validate on N training images")
+    add("--image-size", type=int, default=64, help="side of stored images, default: %(default)s px")
+    add("--time-limit", type=float, metavar="SECONDS", help="stop then, for --resume to go on")
+    add("--compile", action="store_true", help="use torch.compile: pays back in long runs on GPUs")
     add("--skip-bad", action="store_true", help="go on without images that cannot be read")
     return parser
 

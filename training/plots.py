@@ -10,9 +10,7 @@ from matplotlib.figure import Figure
 from training.recipes import Recipe
 
 
-def draw_curves(
-    path: Path, title: str, history: Sequence[dict[str, Any]], recipe: Recipe, steps_per_epoch: int
-) -> None:
+def draw_curves(path: Path, title: str, history: Sequence[dict[str, Any]], recipe: Recipe) -> None:
     """Write a PNG with loss, accuracy and learning rate over the epochs.
 
     ``history`` has the rows of ``history.csv``.
@@ -30,7 +28,8 @@ def draw_curves(
     loss.set_ylabel("cross-entropy, nats")
     accuracy.set_ylabel("top-1 accuracy, %")
     accuracy.set_ylim(bottom=0)
-    done = epochs[-1] * steps_per_epoch
+    done = history[-1]["step"]
+    steps_per_epoch = done // epochs[-1]
     steps = range(0, done, max(1, done // 2000))
     rate.plot(
         [step / steps_per_epoch for step in steps],

@@ -14,6 +14,7 @@ import onnx
 import torch
 from onnx import numpy_helper
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from tinyserve.engine import read_card
 from tinyserve.errors import CheckpointError, ModelFileError
@@ -61,12 +62,20 @@ def load(path: Path) -> checkpoint.Weights:
                 image_size=card.image_size,
                 crop=card.crop,
                 network_size=card.network_size,
-                mean=tensors["mean"],
+                mean=_whole_mean(tensors["mean"], card.image_size),
                 std=1 / tensors["scale"],
                 state=state,
                 training=card.training,
             )
     raise CheckpointError(f"{path} does not hold the tensors of {card.architecture}")
+
+
+def _whole_mean(mean: Tensor, image_size: int) -> Tensor:
+    """A mean colour, or a mean image with a border of zeros where the graph holds its centre."""
+    if mean.dim() == 1:
+        return mean
+    border = (image_size - mean.shape[-2]) // 2
+    return F.pad(mean[0], (0, 0, border, border, border, border))
 
 
 def identify(path: Path) -> str:
@@ -131,11 +140,12 @@ def refit_norms(model: nn.Module, images: Tensor) -> None:
 
     def refit(norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         assert isinstance(norm, _Norm)
+        assert norm.running_mean is not None and norm.running_var is not None
         (x,) = inputs
         across = [dim for dim in range(x.dim()) if dim != 1]
         variance, mean = torch.var_mean(x.float(), dim=across, correction=0)
-        scale = norm.weight / (norm.running_var + norm.eps).sqrt()
-        norm.bias += (mean - norm.running_mean) * scale
+        scale = norm.weight / torch.sqrt(norm.running_var + norm.eps)
+        norm.bias.add_((mean - norm.running_mean) * scale)
         norm.weight.copy_(scale * (variance + norm.eps).sqrt())
         norm.running_mean.copy_(mean)
         norm.running_var.copy_(variance)
@@ -177,6 +187,7 @@ def start_from(model: nn.Module, weights: checkpoint.Weights, classes: tuple[Lab
 
 
 def _classifier(model: nn.Module) -> str:
-    """Name of the last linear layer of the network itself."""
-    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    return [name for name in names if not is_auxiliary(name)][-1] + "."
+    """How the names of the network's last linear layer begin."""
+    layers = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    *_, last = (name for name in layers if not is_auxiliary(name))
+    return f"{last}."

@@ -17,6 +17,9 @@ from tinyserve.errors import UsageError
 FIXED_CROP = frozenset({"baseline", "alexnet"})
 """Architectures whose layout, a fully connected layer on the feature map, is for 56 px crops."""
 
+SMALLEST_IMAGE = 24
+"""Pixels; the deeper layers of the networks need as much."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
@@ -38,6 +41,11 @@ class Recipe:
     label_smoothing: float = 0.0
     auxiliary_weight: float = 0.3
     """Weight of each auxiliary head's loss."""
+    auxiliary_fades: bool = False
+    """Let that weight fall linearly to zero over the run."""
+    distill_weight: float = 0.7
+    """With a teacher: weight of the divergence from it; the labels' loss has the rest."""
+    distill_temperature: float = 2.0
     batch_norm: bool
     """Add batch norm where the paper's layout has none."""
     mean_image: bool
@@ -50,6 +58,12 @@ class Recipe:
     sizes they were not trained on (arXiv:1906.06423)."""
     crop_area: tuple[float, float] | None
     """Area of random resized crops as a fraction of the image; None for random crops unscaled."""
+    cutmix: float = 0.0
+    """Share of batches in which part of every image is another's (arXiv:1905.04899)."""
+    mixup: float = 0.0
+    """Share of batches in which every image is blended with another (arXiv:1710.09412)."""
+    mix_until: float = 0.85
+    """Progress at which both stop: the last steps see whole images again."""
     ema: float | None = None
     """Decay of the running average of the weights, which is what is evaluated and exported."""
     ten_crop: bool = False
@@ -64,6 +78,8 @@ class Recipe:
             self.sizes, key=lambda size: size[0]
         ):
             raise UsageError("training sizes must start at progress 0 and be in order of progress")
+        if not (self.cutmix >= 0 and self.mixup >= 0 and self.cutmix + self.mixup <= 1):
+            raise UsageError("the shares of CutMix and MixUp must be from 0 to 1, together, too")
 
     def learning_rate(self, step: int, steps_per_epoch: int) -> float:
         """The learning rate of a step; steps count from 0 through all epochs."""
@@ -95,15 +111,35 @@ class Recipe:
         except (TypeError, IndexError) as error:
             raise UsageError(f"a recipe cannot have {', '.join(assignments)} ({error})") from error
 
+    def at(self, image_size: int) -> "Recipe":
+        """This recipe, made for stored images of 64 px, for images of another size.
+
+        Sizes grow and shrink with the images, in steps of 8 px.
+        """
+
+        def scaled(size: int) -> int:
+            return min(image_size, max(SMALLEST_IMAGE, round(size * image_size / 64 / 8) * 8))
+
+        sizes = tuple((start, scaled(size)) for start, size in self.sizes)
+        return dataclasses.replace(self, crop=scaled(self.crop), sizes=sizes)
+
     @property
     def final_size(self) -> int:
         """The size at which the network is evaluated and served."""
         return self.sizes[-1][1]
 
+    def auxiliary_weight_at(self, progress: float) -> float:
+        """Weight of each auxiliary head's loss after a share of all steps."""
+        return self.auxiliary_weight * (1 - progress if self.auxiliary_fades else 1)
+
     def training_size(self, step: int, steps_per_epoch: int) -> int:
         """The size of the images that the network is trained on at a step."""
         progress = step / (self.epochs * steps_per_epoch)
         return [size for start, size in self.sizes if start <= progress][-1]
+
+
+_KIN = {"plain20": "resnet20"}
+"""Architectures that are trained like another."""
 
 
 def _as_tuples(value: Any) -> Any:
@@ -136,10 +172,15 @@ def paper(arch: str) -> Recipe:
 _MODERN_LR = {"baseline": 0.05, "alexnet": 0.1, "inception": 0.4, "resnet20": 0.4}
 _MODERN_WEIGHT_DECAY = {"baseline": 1e-3, "alexnet": 5e-4, "inception": 2e-4, "resnet20": 5e-4}
 _MODERN_EPOCHS = {"baseline": 60, "alexnet": 80, "inception": 60, "resnet20": 60}
+_MODERN_CUTMIX = {"baseline": 0.3, "alexnet": 0.5, "inception": 0.0, "resnet20": 0.5}
 
 
 def modern(arch: str) -> Recipe:
-    """Warm-up and one cosine, Nesterov momentum, random-resized crops, averaged weights."""
+    """Warm-up and one cosine, Nesterov momentum, random-resized crops, CutMix, averaged weights.
+
+    Inception, a tenth of the others' size, is held back by regularisation rather than helped.
+    """
+    arch = _KIN.get(arch, arch)
     fixed = arch in FIXED_CROP
     return Recipe(
         name="modern",
@@ -152,11 +193,13 @@ def modern(arch: str) -> Recipe:
         weight_decay=_MODERN_WEIGHT_DECAY[arch],
         decay_norms_and_biases=False,
         label_smoothing=0.05 if arch == "inception" else 0.1,
+        auxiliary_fades=True,
         batch_norm=True,
         mean_image=False,
         crop=56 if fixed else 64,
         sizes=((0.0, 56),) if fixed else ((0.0, 48), (0.4, 64)),
         crop_area=(0.5, 1.0) if arch == "inception" else (0.35, 1.0),
+        cutmix=_MODERN_CUTMIX[arch],
         ema=0.999,
     )
 
@@ -173,6 +216,7 @@ _CPU_SIZES = {
 
 def cpu(arch: str) -> Recipe:
     """A few epochs, most of them on small images: for a machine without a GPU."""
+    arch = _KIN.get(arch, arch)
     return dataclasses.replace(
         modern(arch),
         name="cpu",
@@ -183,6 +227,8 @@ def cpu(arch: str) -> Recipe:
         label_smoothing=0.05,
         sizes=_CPU_SIZES[arch],
         crop_area=None if arch in FIXED_CROP else (0.6, 1.0),
+        auxiliary_fades=False,
+        cutmix=0.0,
         ema=None,
     )
 

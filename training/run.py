@@ -1,5 +1,6 @@
 """The folder of one training run: what is in it, and that two runs are never mixed in it."""
 
+import contextlib
 import csv
 import dataclasses
 import io
@@ -16,6 +17,8 @@ import torch
 from tinyserve.errors import UsageError
 from training import checkpoint
 from training.data import Dataset
+from training.distributed import ALONE, Workers
+from training.plots import draw_curves
 from training.recipes import Recipe
 
 Row = dict[str, Any]
@@ -27,8 +30,8 @@ class Config:
     """Everything that the weights depend on, the data aside; kept as ``config.json``.
 
     ``image_size`` is the side in pixels at which images are stored; ``limit_train`` the number of
-    training images used, None for all; ``init`` names the weights that training started from, None
-    for random ones.
+    training images used, None for all; ``holdout`` the number held out for validation; ``init`` and
+    ``teachers`` name weights, as :func:`training.pretrained.identify` does.
     """
 
     arch: str
@@ -37,7 +40,10 @@ class Config:
     precision: str
     image_size: int
     limit_train: int | None
+    holdout: int = 0
     init: str | None = None
+    teachers: tuple[str, ...] = ()
+    compile: bool = False
 
 
 class Run:
@@ -46,10 +52,21 @@ class Run:
     ``saved`` is the checkpoint to go on from, None for a new run. Raises
     :class:`~tinyserve.errors.UsageError` where the folder holds another run, and
     :class:`~tinyserve.errors.CheckpointError` where its checkpoint cannot be read.
+
+    Of several processes the first writes; in the others the methods that write do nothing.
     """
 
-    def __init__(self, folder: Path, config: Config, dataset: Dataset, *, resume: bool) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        config: Config,
+        dataset: Dataset,
+        *,
+        resume: bool,
+        workers: Workers = ALONE,
+    ) -> None:
         self.folder = folder
+        self._writes = workers.first
         self._identity = {
             "config": json.loads(json.dumps(dataclasses.asdict(config))),
             "dataset": {"name": dataset.name, "fingerprint": dataset.fingerprint},
@@ -58,33 +75,48 @@ class Run:
         self.saved = checkpoint.load(path) if resume else None
         if self.saved is not None:
             self._check_identity(self.saved)
-        elif path.exists():
+            return
+        if path.exists() and workers.first:
             raise UsageError(
                 f"{folder} holds a run already: --resume goes on with it, --out names another"
             )
-        else:
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise UsageError(f"cannot make the folder {folder}: {error.strerror}") from error
-            document = {
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(f"cannot make the folder {folder}: {error.strerror}") from error
+        self.write_json(
+            "config.json",
+            {
                 **self._identity,
                 "data": str(dataset.root.resolve()),
-                "environment": _environment(),
-            }
-            write_json(folder / "config.json", document)
+                "environment": {**_environment(), "processes": workers.count},
+            },
+        )
 
     def save_checkpoint(self, state: dict[str, Any]) -> None:
         """Replace the checkpoint, in one step."""
-        checkpoint.save(self.folder / checkpoint.CHECKPOINT, {**self._identity, **state})
+        if self._writes:
+            checkpoint.save(self.folder / checkpoint.CHECKPOINT, {**self._identity, **state})
 
-    def write_history(self, history: list[Row]) -> None:
-        """Replace ``history.csv``, in one step: one row an epoch."""
+    def save_weights(self, weights: checkpoint.Weights) -> None:
+        if self._writes:
+            checkpoint.save_weights(self.folder, weights)
+
+    def write_history(self, history: list[Row], title: str, recipe: Recipe) -> None:
+        """Replace ``history.csv``, one row an epoch, and the curves drawn from it."""
+        if not self._writes:
+            return
         buffer = io.StringIO()
         writer = csv.DictWriter(buffer, fieldnames=list(history[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(history)
         _replace(self.folder / "history.csv", buffer.getvalue())
+        draw_curves(self.folder / "curves.png", title, history, recipe)
+
+    def write_json(self, name: str, document: Any) -> None:
+        """Replace a JSON file, in one step."""
+        if self._writes:
+            _replace(self.folder / name, json.dumps(document, indent=2) + "\n")
 
     def _check_identity(self, saved: dict[str, Any]) -> None:
         for part, now in self._identity.items():
@@ -112,11 +144,6 @@ def commit() -> str | None:
     return run.stdout.strip()
 
 
-def write_json(path: Path, document: Any) -> None:
-    """Write a JSON file, in one step."""
-    _replace(path, json.dumps(document, indent=2) + "\n")
-
-
 def _replace(path: Path, text: str) -> None:
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text, encoding="utf-8")
@@ -129,6 +156,23 @@ def _environment() -> dict[str, Any]:
         "torch": torch.__version__,
         "commit": commit(),
         "machine": platform.machine(),
-        "cpus": os.cpu_count(),
+        "cpu": _cpu_model(),
+        "cpus": _cpus(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
+
+
+def _cpus() -> int | None:
+    """How many processors this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count()
+
+
+def _cpu_model() -> str:
+    """The processor's name, as far as the system tells."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

@@ -1,18 +1,26 @@
 """A network, its optimizer and its data on one device, trained step by step."""
 
+import itertools
 import math
 import time
-from typing import Any
+import warnings
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torchvision.transforms import v2
 
 from tinyserve.errors import UsageError
 from training import augment, pretrained
 from training.checkpoint import Weights
 from training.data import Dataset
+from training.distill import Teacher, divergence
+from training.distributed import ALONE, Workers
 from training.evaluate import Score, view_accuracy
 from training.models import ARCHS
 from training.recipes import Recipe
@@ -36,8 +44,9 @@ class Trainer:
     so a run can stop after any step and go on from :meth:`state_dict` with no generator's state to
     restore.
 
-    The images stay on ``device`` as uint8 ``[n, H, W, 3]``; a batch is cropped, flipped and
-    normalised there.
+    The images stay on ``device`` as uint8 ``[n, H, W, 3]``; a batch is cropped, flipped, normalised
+    and mixed there. Where several processes train together, each computes its share of every batch,
+    and all of them call every method here at the same step.
     """
 
     lr: float
@@ -47,44 +56,75 @@ class Trainer:
     _order: Tensor | None
     """The epoch's permutation of the training images; drawn at its first step."""
     _sums: Tensor
-    """Loss and hits of the epoch so far."""
+    """Loss and hits of the epoch so far, in this process."""
 
     def __init__(
         self,
         config: Config,
         dataset: Dataset,
         device: torch.device,
+        *,
         initial: Weights | None = None,
+        teachers: Sequence[Weights] = (),
+        workers: Workers = ALONE,
     ) -> None:
         recipe = config.recipe
-        self.config, self.device = config, device
+        self.config, self.device, self.workers = config, device, workers
         self.images = torch.from_numpy(dataset.train.images).to(device)
         self.labels = torch.from_numpy(dataset.train.labels).to(device)
         self.val = (
             torch.from_numpy(dataset.val.images).to(device),
             torch.from_numpy(dataset.val.labels).to(device),
         )
-        self.subset = _subset(len(self.labels), config.limit_train, device)
+        self.subset = _subset(dataset, config.limit_train).to(device)
         self.batch_size = min(recipe.batch_size, len(self.subset))
-        if self.batch_size == 1:
+        if self.batch_size % workers.count:
+            raise UsageError(
+                f"batches of {self.batch_size} images cannot be shared by {workers.count} "
+                "processes: choose a multiple with --batch-size"
+            )
+        if self.batch_size // workers.count == 1:
             raise UsageError("a batch must have at least 2 images, batch norm needs them")
         self.steps_per_epoch = len(self.subset) // self.batch_size
         self.steps = recipe.epochs * self.steps_per_epoch
         self.mean, self.std = pixel_statistics(
             self.images, self.subset, mean_image=recipe.mean_image
         )
-
         if initial is not None and initial.mean.dim() == 1:
             self.mean, self.std = initial.mean.to(device), initial.std.to(device)
+
         torch.manual_seed(config.seed)
-        build = ARCHS[config.arch]
-        network = build(
+        network = ARCHS[config.arch](
             len(dataset.classes), image_size=recipe.final_size, batch_norm=recipe.batch_norm
         )
         self.model = network.to(device).to(memory_format=torch.channels_last)
         if initial is not None:
             pretrained.start_from(self.model, initial, dataset.classes)
             self._refit_norms()
+        self.average: AveragedModel | None = None
+        if recipe.ema is not None:
+            self.average = AveragedModel(
+                self.model, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema), use_buffers=True
+            )
+        self.teacher: Teacher | None = None
+        if teachers:
+            self.teacher = Teacher(teachers, dataset.classes, self.mean, self.std).to(device)
+        self.mixes: dict[str, nn.Module] = {
+            "cutmix": v2.CutMix(num_classes=len(dataset.classes)),
+            "mixup": v2.MixUp(num_classes=len(dataset.classes), alpha=0.2),
+        }
+        self._network: nn.Module = self.model
+        if workers.count > 1:
+            # Batch norm keeps each process's own running statistics; they are averaged before they
+            # are used, which costs less than sending them at every step.
+            with warnings.catch_warnings():
+                # Its successor, forward_sync_buffers, is not in all versions that will do.
+                warnings.filterwarnings("ignore", "`broadcast_buffers`", FutureWarning)
+                self._network = DistributedDataParallel(
+                    self.model, broadcast_buffers=False, gradient_as_bucket_view=True
+                )
+        if config.compile:
+            self._network = cast(nn.Module, torch.compile(self._network))
         self.optimizer = torch.optim.SGD(
             _parameter_groups(self.model, recipe),
             lr=recipe.lr,
@@ -94,11 +134,6 @@ class Trainer:
         )
         self.precision = PRECISIONS[config.precision]
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == torch.float16)
-        self.average: AveragedModel | None = None
-        if recipe.ema is not None:
-            self.average = AveragedModel(
-                self.model, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema), use_buffers=True
-            )
         self.step = 0
         self._start_epoch()
 
@@ -107,8 +142,13 @@ class Trainer:
         """The network to evaluate and ship: the averaged one where the recipe averages."""
         return self.model if self.average is None else self.average.module
 
+    @property
+    def progress(self) -> float:
+        """Share of all steps that are done."""
+        return self.step / self.steps
+
     def train_step(self) -> Tensor:
-        """Train on the next batch; returns its loss, a scalar still on the device."""
+        """Train on the next batch; returns this process's loss, a scalar still on the device."""
         recipe = self.config.recipe
         if self._order is None:
             self._order = self._permutation()
@@ -120,18 +160,26 @@ class Trainer:
             group["lr"] = self.lr
 
         torch.manual_seed(_mix(self.config.seed, 1, self.step))
-        self.model.train()
+        # Drawn for the whole batch: every process crops as one process alone would.
+        boxes = self._boxes()
+        mix = self._choose_mix()
+        if self.workers.count > 1:  # dropout differs
+            torch.manual_seed(_mix(self.config.seed, 3, self.step, self.workers.rank))
+        share = self.workers.share(self.batch_size)
+        indices, boxes = indices[share], boxes[share]
+        self._network.train()
         self.optimizer.zero_grad(set_to_none=True)
         sums = torch.zeros_like(self._sums)
-        for part in indices.tensor_split(self._parts()):
-            x, y = self._batch(part)
-            with torch.autocast(
-                self.device.type, self.precision, enabled=self.precision != torch.float32
-            ):
-                outputs = self.model(x)
-            loss, logits = _loss(outputs, y, recipe)
-            loss = loss * (len(part) / len(indices))
-            self.scaler.scale(loss).backward()
+        parts = _split(len(indices), self._parts())
+        for part in parts:
+            x, y = self._batch(indices[part], boxes[part])
+            targets = y
+            if mix is not None:
+                x, targets = mix(x, y)
+            with nullcontext() if part is parts[-1] else self._without_sync():
+                loss, logits = self._loss(x, targets)
+                loss = loss * (len(y) / len(indices))
+                self.scaler.scale(loss).backward()
             hits = (logits.detach().argmax(dim=1) == y).sum()
             sums += torch.stack([loss.detach().double(), hits.double()])
         self.scaler.unscale_(self.optimizer)
@@ -150,15 +198,17 @@ class Trainer:
 
         Validation during training is at the size and in the precision of the last step.
         """
-        loss, hits = (self._sums / self.steps_per_epoch).tolist()  # waits for the device
+        sums = self.workers.total(self._sums) / self.steps_per_epoch
+        loss, hits = sums.tolist()  # waits for the device
         seconds = time.perf_counter() - self._epoch_began + self._seconds_before
+        self._average_buffers()
         score = self.view_accuracy(self.evaluated, self.size, augment.CENTRE)
         row: Row = {
             "epoch": self.step // self.steps_per_epoch,
             "step": self.step,
             "size": self.size,
             "lr": self.lr,
-            "train_loss": loss,
+            "train_loss": loss / self.workers.count,
             "train_top1": hits / self.batch_size,
             "val_loss": score.loss,
             "val_top1": score.top1,
@@ -186,13 +236,14 @@ class Trainer:
 
     def state_dict(self) -> dict[str, Any]:
         """All that changes while training, for :meth:`load_state_dict`."""
+        self._average_buffers()
         return {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "average": None if self.average is None else self.average.state_dict(),
             "step": self.step,
-            "sums": self._sums.cpu(),
+            "sums": self.workers.total(self._sums).cpu(),
             "seconds": time.perf_counter() - self._epoch_began + self._seconds_before,
         }
 
@@ -205,7 +256,8 @@ class Trainer:
             self.average.load_state_dict(state["average"])
         self.step = state["step"]
         self._start_epoch()
-        self._sums += state["sums"].to(self.device)
+        if self.workers.first:
+            self._sums += state["sums"].to(self.device)
         self._seconds_before = state["seconds"]
 
     def _refit_norms(self) -> None:
@@ -226,24 +278,81 @@ class Trainer:
     def _parts(self) -> int:
         if self.device.type != "cpu":
             return 1
-        return math.ceil(self.batch_size * self.size**2 / CPU_PIXELS)
+        return math.ceil(self.batch_size // self.workers.count * self.size**2 / CPU_PIXELS)
 
     def _permutation(self) -> Tensor:
         torch.manual_seed(_mix(self.config.seed, 2, self.step // self.steps_per_epoch))
         return self.subset[torch.randperm(len(self.subset), device=self.device)]
 
-    def _batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """Augmented images, float ``[N, 3, size, size]``, and labels ``[N]``."""
+    def _boxes(self) -> augment.Boxes:
         recipe = self.config.recipe
-        pixels = augment.normalise(self.images[indices], self.mean, self.std)
-        count, height, width, _ = pixels.shape
+        _, height, width, _ = self.images.shape
         if recipe.crop_area is None:
-            boxes = augment.random_crops(count, height, width, recipe.crop, self.device)
-        else:
-            boxes = augment.random_resized_crops(
-                count, height, width, recipe.crop_area, self.device
-            )
+            return augment.random_crops(self.batch_size, height, width, recipe.crop, self.device)
+        return augment.random_resized_crops(
+            self.batch_size, height, width, recipe.crop_area, self.device
+        )
+
+    def _choose_mix(self) -> nn.Module | None:
+        """What to mix this step's images with each other by, if at all."""
+        recipe = self.config.recipe
+        if self.progress >= recipe.mix_until or not (recipe.cutmix or recipe.mixup):
+            return None
+        draw = torch.rand(()).item()
+        if draw < recipe.cutmix:
+            return self.mixes["cutmix"]
+        return self.mixes["mixup"] if draw < recipe.cutmix + recipe.mixup else None
+
+    def _batch(self, indices: Tensor, boxes: augment.Boxes) -> tuple[Tensor, Tensor]:
+        """Augmented images, float ``[N, 3, size, size]``, and labels ``[N]``."""
+        pixels = augment.normalise(self.images[indices], self.mean, self.std)
         return augment.extract(pixels, boxes, self.size), self.labels[indices]
+
+    def _loss(self, x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss to minimise, and the main logits ``[N, classes]``.
+
+        ``targets`` is labels ``[N]``, or probabilities ``[N, classes]`` where images were mixed.
+        """
+        recipe = self.config.recipe
+        with torch.autocast(
+            self.device.type, self.precision, enabled=self.precision != torch.float32
+        ):
+            outputs = self._network(x)
+        logits, *auxiliary = outputs if isinstance(outputs, tuple) else (outputs,)
+        logits = logits.float()
+        smoothing = recipe.label_smoothing
+        loss = F.cross_entropy(logits, targets, label_smoothing=smoothing)
+        if self.teacher is not None:
+            temperature = recipe.distill_temperature
+            with (
+                torch.no_grad(),
+                torch.autocast(
+                    self.device.type, self.precision, enabled=self.precision != torch.float32
+                ),
+            ):
+                wanted = self.teacher(x, temperature)
+            weight = recipe.distill_weight
+            loss = (1 - weight) * loss + weight * divergence(logits, wanted, temperature)
+        weight = recipe.auxiliary_weight_at(self.progress)
+        for head in auxiliary:
+            extra = F.cross_entropy(head.float(), targets, label_smoothing=smoothing)
+            loss = loss + weight * extra
+        return loss, logits
+
+    def _without_sync(self) -> AbstractContextManager[None]:
+        """Gradients stay in this process until the last part of its share of the batch."""
+        if isinstance(self._network, DistributedDataParallel):
+            return self._network.no_sync()
+        return nullcontext()
+
+    def _average_buffers(self) -> None:
+        """Give every process the mean of all processes' batch norm statistics."""
+        if self.workers.count == 1:
+            return
+        for network in (self.model, self.average):
+            for buffer in network.buffers() if network is not None else ():
+                if buffer.is_floating_point():
+                    buffer.copy_(self.workers.total(buffer) / self.workers.count)
 
 
 def pixel_statistics(images: Tensor, subset: Tensor, *, mean_image: bool) -> tuple[Tensor, Tensor]:
@@ -265,17 +374,6 @@ def pixel_statistics(images: Tensor, subset: Tensor, *, mean_image: bool) -> tup
     return (mean if mean_image else colour).float(), std.clamp(min=1).float()
 
 
-def _loss(outputs: Tensor | tuple[Tensor, ...], y: Tensor, recipe: Recipe) -> tuple[Tensor, Tensor]:
-    """The training loss, and the main logits ``[N, classes]``."""
-    logits, *auxiliary = outputs if isinstance(outputs, tuple) else (outputs,)
-    smoothing = recipe.label_smoothing
-    loss = F.cross_entropy(logits.float(), y, label_smoothing=smoothing)
-    for head in auxiliary:
-        extra = F.cross_entropy(head.float(), y, label_smoothing=smoothing)
-        loss = loss + recipe.auxiliary_weight * extra
-    return loss, logits
-
-
 def _parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
     matrices = [parameter for parameter in model.parameters() if parameter.dim() >= 2]
     vectors = [parameter for parameter in model.parameters() if parameter.dim() < 2]
@@ -286,13 +384,23 @@ def _parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
     ]
 
 
-def _subset(count: int, limit: int | None, device: torch.device) -> Tensor:
-    """Indices of the training images to use: all, or ``limit`` drawn at random, always the same."""
-    if limit is None or limit >= count:
-        return torch.arange(count, device=device)
+def _subset(dataset: Dataset, limit: int | None) -> Tensor:
+    """Indices of the training images to use: all that are not held out, or ``limit`` of them drawn
+    at random, always the same."""
+    kept = torch.ones(len(dataset.train), dtype=torch.bool)
+    kept[torch.from_numpy(dataset.held_out)] = False
+    indices = kept.nonzero().flatten()
+    if limit is None or limit >= len(indices):
+        return indices
     generator = torch.Generator().manual_seed(0)
-    chosen = torch.randperm(count, generator=generator)[:limit]
-    return chosen.sort().values.to(device)
+    chosen = torch.randperm(len(indices), generator=generator)[:limit]
+    return indices[chosen.sort().values]
+
+
+def _split(count: int, parts: int) -> list[slice]:
+    """``count`` items in nearly equal parts."""
+    edges = [round(part * count / parts) for part in range(parts + 1)]
+    return [slice(start, stop) for start, stop in itertools.pairwise(edges)]
 
 
 def _mix(*numbers: int) -> int:

@@ -21,13 +21,14 @@ from torch import nn
 from training.models.alexnet import alexnet
 from training.models.baseline import baseline
 from training.models.inception import inception
-from training.models.resnet20 import resnet20
+from training.models.resnet20 import plain20, resnet20
 
 ARCHS: dict[str, Callable[..., nn.Module]] = {
     "baseline": baseline,
     "alexnet": alexnet,
     "inception": inception,
     "resnet20": resnet20,
+    "plain20": plain20,
 }
 
 
