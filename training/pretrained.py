@@ -91,8 +91,9 @@ def identify(path: Path) -> str:
 def _unfold(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor] | None:
     """The state dict of ``model`` from a graph's tensors; None where they do not fit.
 
-    A batch norm that is missing was folded into the layer registered just before it, whose bias, if
-    it has none itself, is stored as ``<weight's name>_bias``.
+    A batch norm that is missing was folded into the layer registered just before it, whose new bias
+    is called ``<layer>.bias``, or ``<layer>.weight_bias`` where it had none. Biases of zero are not
+    in a graph at all.
     """
     state = {name: value for name, value in model.state_dict().items() if not is_auxiliary(name)}
     found = {
@@ -103,29 +104,29 @@ def _unfold(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor] |
     used = {_PREFIX + name for name in found}
     before = ""
     for name, module in model.named_modules():
-        if is_auxiliary(name) or next(module.children(), None) is not None:
+        if is_auxiliary(name) or next(module.parameters(recurse=False), None) is None:
             continue
-        if isinstance(module, _Norm) and f"{name}.weight" not in found:
-            bias = f"{_PREFIX}{before}.weight_bias"
-            folded = tensors.get(bias)
-            used.add(bias)
-            if folded is None:
-                folded = torch.zeros(module.num_features)
-            # Filters of the length that they start with: one step size suits neither the dwarfs nor
-            # the giants that folding leaves.
-            filters = found[f"{before}.weight"]
-            length = (filters.flatten(1).norm(dim=1) / math.sqrt(2)).clamp(min=1e-12)
-            found[f"{before}.weight"] = (filters.transpose(0, -1) / length).transpose(0, -1)
-            if f"{before}.bias" in found:
-                found[f"{before}.bias"] = found[f"{before}.bias"] / length
-            found[f"{name}.weight"] = length
-            found[f"{name}.bias"] = folded
-            found[f"{name}.running_mean"] = torch.zeros(module.num_features)
-            found[f"{name}.running_var"] = torch.ones(module.num_features) - module.eps
-        if isinstance(module, _Norm):
-            found.setdefault(f"{name}.num_batches_tracked", torch.zeros((), dtype=torch.long))
-        elif next(module.parameters(), None) is not None:
+        if not isinstance(module, _Norm):
             before = name
+            if f"{name}.bias" in state:
+                found.setdefault(f"{name}.bias", torch.zeros_like(state[f"{name}.bias"]))
+            continue
+        found.setdefault(f"{name}.num_batches_tracked", torch.zeros((), dtype=torch.long))
+        if f"{name}.weight" in found or f"{before}.weight" not in found:
+            continue
+        bias = f"{_PREFIX}{before}.weight_bias"
+        used.add(bias)
+        found[f"{name}.bias"] = tensors.get(bias, torch.zeros(module.num_features))
+        found[f"{name}.running_mean"] = torch.zeros(module.num_features)
+        found[f"{name}.running_var"] = torch.ones(module.num_features) - module.eps
+        # Filters of the length that they start with: one step size suits neither the dwarfs nor
+        # the giants that folding leaves.
+        filters = found[f"{before}.weight"]
+        length = (filters.flatten(1).norm(dim=1) / math.sqrt(2)).clamp(min=1e-12)
+        found[f"{before}.weight"] = (filters.transpose(0, -1) / length).transpose(0, -1)
+        if f"{before}.bias" in found:
+            found[f"{before}.bias"] = found[f"{before}.bias"] / length
+        found[f"{name}.weight"] = length
     unused = {name for name in tensors if name.startswith(_PREFIX)} - used
     return found if found.keys() == state.keys() and not unused else None
 

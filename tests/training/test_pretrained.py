@@ -1,0 +1,218 @@
+import dataclasses
+import shutil
+from pathlib import Path
+
+import onnx
+import pytest
+import torch
+from torch import nn
+
+from tinyserve.errors import CheckpointError
+from tinyserve.modelfile import Label, ModelCard
+from training import checkpoint, export, pretrained
+from training.models import ARCHS, is_auxiliary
+from training.models.baseline import baseline
+
+LABELS = tuple(Label(None, name) for name in ("amber", "jade", "violet"))
+_Norm = nn.modules.batchnorm._BatchNorm
+
+
+def trained(arch: str, small: checkpoint.Weights, *, batch_norm: bool) -> checkpoint.Weights:
+    """Weights of an architecture whose batch norms are those of a trained network."""
+    torch.manual_seed(1)
+    network = ARCHS[arch](3, image_size=24, batch_norm=batch_norm)
+    for module in network.modules():
+        if isinstance(module, _Norm):
+            nn.init.uniform_(module.weight, 0.2, 2)
+            nn.init.normal_(module.bias)
+            nn.init.normal_(module.running_mean)
+            nn.init.uniform_(module.running_var, 0.3, 3)
+        elif isinstance(module, nn.Conv2d | nn.Linear) and module.bias is not None:
+            nn.init.normal_(module.bias, std=0.3)
+    return dataclasses.replace(
+        small,
+        arch=arch,
+        batch_norm=batch_norm,
+        labels=LABELS,
+        image_size=28,
+        crop=24,
+        network_size=24,
+        mean=torch.tensor([120.0, 110, 100]),
+        state=checkpoint.final_state(network),
+    )
+
+
+def write_file(path: Path, weights: checkpoint.Weights, **changes: object) -> Path:
+    """The model file of some weights, without the gate."""
+    card = ModelCard(
+        architecture=weights.arch,
+        precision="fp32",
+        labels=weights.labels,
+        image_size=weights.image_size,
+        crop=weights.crop,
+        network_size=weights.network_size,
+        parameters=1,
+        training=weights.training,
+        parity=None,
+    )
+    graph = export.to_onnx(weights.served(), weights.image_size)
+    export.write_model(path, graph, dataclasses.replace(card, **changes))
+    return path
+
+
+@pytest.fixture
+def pictures() -> torch.Tensor:
+    torch.manual_seed(2)
+    return torch.randint(0, 256, (8, 28, 28, 3), dtype=torch.uint8)
+
+
+def logits(weights: checkpoint.Weights, pictures: torch.Tensor) -> torch.Tensor:
+    """Before the softmax, which would hide differences."""
+    served = weights.served()
+    found = []
+    served.network.register_forward_hook(lambda _module, _inputs, output: found.append(output))
+    with torch.inference_mode():
+        served(pictures)
+    return found[0]
+
+
+def assert_the_same(found: torch.Tensor, expected: torch.Tensor) -> None:
+    scale = float(expected.std(dim=0).min())
+    assert scale > 0  # not one answer to everything
+    assert float((found - expected).abs().max()) < 1e-3 * scale
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("batch_norm", [True, False])
+@pytest.mark.parametrize("arch", ARCHS)
+def test_an_exported_file_gives_the_network_back(
+    small_weights, pictures, tmp_path, arch, batch_norm
+):
+    weights = trained(arch, small_weights, batch_norm=batch_norm)
+    path = write_file(tmp_path / "model.onnx", weights)
+    found = pretrained.load(path)
+    assert (found.arch, found.labels, found.training) == (arch, LABELS, weights.training)
+    if arch not in ("resnet20", "plain20"):  # which have the same layout either way
+        assert found.batch_norm == batch_norm
+    assert_the_same(logits(found, pictures), logits(weights, pictures))
+
+
+@pytest.mark.slow
+def test_a_mean_image_comes_back_where_it_counts(small_weights, pictures, tmp_path):
+    weights = trained("baseline", small_weights, batch_norm=True)
+    weights = dataclasses.replace(weights, mean=torch.rand(28, 28, 3) * 255)
+    found = pretrained.load(write_file(tmp_path / "model.onnx", weights))
+    assert found.mean.shape == (28, 28, 3)
+    assert_the_same(logits(found, pictures), logits(weights, pictures))
+
+
+def test_a_run_is_read_as_its_weights(small_run, small_weights):
+    found = pretrained.load(small_run)
+    assert found.training == small_weights.training
+    for name, value in small_weights.state.items():
+        assert torch.equal(found.state[name], value)
+
+
+def test_names_tell_weights_apart(small_run, small_weights, tmp_path):
+    first = pretrained.identify(small_run)
+    assert first.startswith("run ")
+    other = shutil.copytree(small_run, tmp_path / "other" / "run")
+    assert pretrained.identify(other) == first
+    changed = {name: value + 1 for name, value in small_weights.state.items()}
+    checkpoint.save_weights(other, dataclasses.replace(small_weights, state=changed))
+    assert pretrained.identify(other) != first
+
+
+def spoilt(path: Path, weights: checkpoint.Weights, how: str) -> Path:
+    if how == "missing":
+        return path
+    if how == "text":
+        path.write_text("no model")
+    elif how == "not ours":
+        onnx.save(onnx.helper.make_model(onnx.helper.make_graph([], "empty", [], [])), path)
+    elif how == "int8":
+        write_file(path, weights, precision="int8")
+    elif how == "adopted":
+        write_file(path, weights, training=None)
+    elif how == "unknown architecture":
+        write_file(path, weights, architecture="vgg")
+    elif how == "other architecture":
+        write_file(path, weights, architecture="inception")
+    return path
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        "missing",
+        "text",
+        "not ours",
+        pytest.param("int8", marks=pytest.mark.slow),
+        pytest.param("adopted", marks=pytest.mark.slow),
+        pytest.param("unknown architecture", marks=pytest.mark.slow),
+        pytest.param("other architecture", marks=pytest.mark.slow),
+    ],
+)
+def test_what_holds_no_such_network_is_one_line(small_weights, tmp_path, how):
+    path = spoilt(tmp_path / "model.onnx", small_weights, how)
+    with pytest.raises(CheckpointError) as caught:
+        pretrained.load(path)
+    assert "model.onnx" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+# Going on from weights
+
+
+@pytest.mark.parametrize("arch", ["baseline", "inception", "resnet20", "alexnet"])
+def test_refitting_the_norms_changes_no_answer_and_fits_them_to_the_images(small_weights, arch):
+    model = trained(arch, small_weights, batch_norm=True).network()
+    torch.manual_seed(3)
+    x = torch.randn(64, 3, 24, 24)
+    with torch.no_grad():
+        before = model(x)
+        pretrained.refit_norms(model, x)
+        assert torch.allclose(model(x), before, atol=1e-3 * float(before.abs().max()))
+        seen: list[tuple[_Norm, torch.Tensor]] = []
+        hooks = [
+            module.register_forward_pre_hook(lambda norm, x: seen.append((norm, x[0])))
+            for name, module in model.named_modules()
+            if isinstance(module, _Norm) and not is_auxiliary(name)
+        ]
+        model(x)
+    assert len(seen) == len(hooks) > 0
+    for norm, inputs in seen:
+        values = inputs.transpose(0, 1).flatten(1)
+        scale = float(values.std())
+        assert torch.allclose(norm.running_mean, values.mean(dim=1), atol=1e-2 * scale)
+        assert torch.allclose(norm.running_var, values.var(dim=1, correction=0), rtol=0.02)
+    assert not model.training
+
+
+@pytest.mark.slow
+def test_folded_filters_start_at_the_length_of_fresh_ones(small_weights, tmp_path):
+    weights = trained("resnet20", small_weights, batch_norm=True)
+    found = pretrained.load(write_file(tmp_path / "model.onnx", weights)).network()
+    for name, parameter in found.named_parameters():
+        if parameter.dim() == 4:
+            lengths = parameter.flatten(1).norm(dim=1)
+            assert torch.allclose(lengths, torch.full_like(lengths, 2**0.5), atol=1e-4), name
+
+
+def test_the_classifier_is_taken_over_only_for_the_same_classes(small_weights):
+    weights = trained("inception", small_weights, batch_norm=True)
+    for classes in (LABELS, LABELS[::-1], (*LABELS, Label(None, "white"))):
+        fresh = ARCHS["inception"](len(classes), batch_norm=True)
+        before = fresh.state_dict()["classifier.weight"].clone()
+        pretrained.start_from(fresh, weights, classes)
+        after = fresh.state_dict()
+        wanted = weights.state["classifier.weight"] if classes == LABELS else before
+        assert torch.equal(after["classifier.weight"], wanted)
+        assert torch.equal(after["stem.0.weight"], weights.state["stem.0.weight"])
+
+
+def test_weights_of_another_network_are_refused(small_weights):
+    with pytest.raises(CheckpointError, match="do not fit"):
+        pretrained.start_from(ARCHS["resnet20"](3), small_weights, small_weights.labels)
+    with pytest.raises(CheckpointError, match="do not fit"):
+        pretrained.start_from(baseline(3, image_size=24), small_weights, small_weights.labels)
