@@ -17,7 +17,6 @@ import argparse
 import dataclasses
 import math
 import os
-import resource
 import signal
 import sys
 import time
@@ -32,16 +31,17 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from tinyserve.errors import DeviceError, TinyserveError, UsageError
+from tinyserve.errors import TinyserveError, UsageError
 from tinyserve.modelfile import Training
 from tinyserve.report import wilson_interval
-from training import augment, checkpoint, data, distributed, pretrained
+from training import augment, checkpoint, data, distributed, hardware, pretrained
 from training.distributed import Workers
 from training.evaluate import Score, served_accuracy
+from training.hardware import PRECISIONS
 from training.models import ARCHS, count_parameters
 from training.recipes import RECIPES, SMALLEST_IMAGE
 from training.run import Config, Row, Run, commit
-from training.trainer import PRECISIONS, Trainer
+from training.trainer import Trainer
 
 LARGEST_IMAGE = 1024
 """Pixels, of ``--image-size``."""
@@ -164,7 +164,7 @@ def _introduction(trainer: Trainer, run: Run) -> str:
     return (
         f"{config.arch}, {count_parameters(trainer.model):,} parameters, recipe "
         f"{config.recipe.name}: {config.recipe.epochs} epochs of {trainer.steps_per_epoch} steps "
-        f"of {trainer.batch_size} images, {config.precision} on {_device_name(trainer.device)}"
+        f"of {trainer.batch_size} images, {config.precision} on {hardware.name_of(trainer.device)}"
         f"{processes}, into {run.folder}"
     )
 
@@ -272,7 +272,7 @@ def _finish(
             **{views: _describe(score) for views, score in scores.items()},
             "training_seconds": sum(row["seconds"] for row in history),
             "parameters": count_parameters(served.network),
-            "peak_memory_bytes": _peak_memory(trainer.device),
+            "peak_memory_bytes": hardware.peak_memory(trainer.device),
         },
     )
     for views, score in scores.items():
@@ -318,12 +318,12 @@ def _configure(arguments: argparse.Namespace) -> tuple[Config, torch.device]:
         raise UsageError("--holdout must be at least 0")
     if not SMALLEST_IMAGE <= arguments.image_size <= LARGEST_IMAGE:
         raise UsageError(f"--image-size must be from {SMALLEST_IMAGE} to {LARGEST_IMAGE}")
-    device = _device(arguments.device)
+    device = hardware.device(arguments.device)
     config = Config(
         arch=arguments.arch,
         recipe=recipe,
         seed=arguments.seed,
-        precision=_precision(arguments.precision, device),
+        precision=hardware.precision(arguments.precision, device),
         image_size=arguments.image_size,
         limit_train=arguments.limit_train,
         holdout=arguments.holdout,
@@ -332,39 +332,6 @@ def _configure(arguments: argparse.Namespace) -> tuple[Config, torch.device]:
         compile=arguments.compile,
     )
     return config, device
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise DeviceError("--device cuda: PyTorch finds no usable CUDA device here")
-    return torch.device(name)
-
-
-def _precision(name: str, device: torch.device) -> str:
-    if name == "fp16" and device.type == "cpu":
-        raise UsageError("--precision fp16 needs a GPU; on a CPU use bf16 or fp32")
-    if name != "auto":
-        return name
-    if device.type == "cuda":
-        return "fp16"
-    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    return "bf16" if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else "fp32"
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{torch.get_num_threads()} CPU threads"
-
-
-def _peak_memory(device: torch.device) -> int:
-    """Bytes: the most that was allocated on a GPU, or was resident on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak
 
 
 @contextmanager

@@ -1,11 +1,9 @@
 """The folder of one training run: what is in it, and that two runs are never mixed in it."""
 
-import contextlib
 import csv
 import dataclasses
 import io
 import json
-import os
 import platform
 import subprocess
 from dataclasses import dataclass
@@ -15,7 +13,7 @@ from typing import Any
 import torch
 
 from tinyserve.errors import UsageError
-from training import checkpoint
+from training import checkpoint, hardware
 from training.data import Dataset
 from training.distributed import ALONE, Workers
 from training.plots import draw_curves
@@ -156,23 +154,7 @@ def _environment() -> dict[str, Any]:
         "torch": torch.__version__,
         "commit": commit(),
         "machine": platform.machine(),
-        "cpu": _cpu_model(),
-        "cpus": _cpus(),
+        "cpu": hardware.cpu_model(),
+        "cpus": hardware.cpus(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
-
-
-def _cpus() -> int | None:
-    """How many processors this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count()
-
-
-def _cpu_model() -> str:
-    """The processor's name, as far as the system tells."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()

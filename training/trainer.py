@@ -22,6 +22,7 @@ from training.data import Dataset
 from training.distill import Teacher, divergence
 from training.distributed import ALONE, Workers
 from training.evaluate import Score, view_accuracy
+from training.hardware import PRECISIONS
 from training.models import ARCHS
 from training.recipes import Recipe
 from training.run import Config, Row
@@ -33,8 +34,6 @@ then takes its statistics from a part."""
 
 REFIT_IMAGES = 1024
 """Training images that give the batch norms of weights to start from their first statistics."""
-
-PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 class Trainer:

@@ -1,0 +1,69 @@
+"""The device that a run trains on: which one, in which precision, and what it is called."""
+
+import os
+import platform
+import resource
+import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tinyserve.errors import DeviceError, UsageError
+
+PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def device(name: str) -> torch.device:
+    """``cpu``, ``cuda``, or the better of the two for ``auto``.
+
+    Raises :class:`~tinyserve.errors.DeviceError` for a GPU that cannot be used.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise DeviceError("--device cuda: PyTorch finds no usable CUDA device here")
+    return torch.device(name)
+
+
+def precision(name: str, device: torch.device) -> str:
+    """A key of :data:`PRECISIONS`; for ``auto`` the fastest that trains well on the device."""
+    if name == "fp16" and device.type == "cpu":
+        raise UsageError("--precision fp16 needs a GPU; on a CPU use bf16 or fp32")
+    if name != "auto":
+        return name
+    if device.type == "cuda":
+        return "fp16"
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return "bf16" if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else "fp32"
+
+
+def name_of(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{torch.get_num_threads()} CPU threads"
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: the most that was allocated on a GPU, or was resident on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
+
+
+def cpus() -> int:
+    """How many processors this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def cpu_model() -> str:
+    """The processor's name, as far as the system tells."""
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
