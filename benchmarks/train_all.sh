@@ -1,20 +1,90 @@
 #!/usr/bin/env bash
-# Every run that the shipped weights and the paper's table need, the most valuable first.
+# Every run behind the shipped weights and RESULTS.md, the most valuable first.
 #
-#   benchmarks/train_all.sh                                    # a GPU, all of Tiny ImageNet
-#   benchmarks/train_all.sh --epochs 1 --limit-train 2000      # a try on a CPU
+#   benchmarks/train_all.sh modern paper precision          # a GPU, all of Tiny ImageNet
+#   benchmarks/train_all.sh ablation
+#   TIME_LIMIT=540 benchmarks/train_all.sh modern           # in slices: run it again to go on
+#   benchmarks/train_all.sh modern paper precision ablation -- --epochs 1 --limit-train 512   # a try
 #
-# Arguments go to every run. A run that was stopped goes on; one that is done stays as it is.
+# Groups of runs, then "--" and arguments for every run. A run that was stopped goes on, one that is
+# done stays as it is; its records are kept in docs/runs/. TIME_LIMIT is in seconds, for all
+# together. RUNS and RECORDS name other folders, PYTHON another interpreter.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-for recipe in modern paper; do
+runs=${RUNS:-runs}
+records=${RECORDS:-docs/runs}
+python=${PYTHON:-python}
+
+groups=()
+while [ $# -gt 0 ] && [ "$1" != -- ]; do groups+=("$1"); shift; done
+[ $# -eq 0 ] || shift
+extra=("$@")
+
+# train NAME ARGUMENTS...: one run, in the time that is left.
+train() {
+    local name=$1 run=$runs/$1 go_on=()
+    shift
+    if [ ! -e "$run/weights.pt" ]; then
+        [ ! -e "$run/checkpoint.pt" ] || go_on=(--resume)
+        if [ -n "${TIME_LIMIT:-}" ]; then
+            [ "$SECONDS" -lt "$TIME_LIMIT" ] || { echo "out of time before $name"; exit 0; }
+            go_on+=(--time-limit $((TIME_LIMIT - SECONDS)))
+        fi
+        "$python" -m training.fit "$@" "${extra[@]}" --out "$run" "${go_on[@]}"
+        [ -e "$run/weights.pt" ] || { echo "out of time in $name: run this again to go on"; exit 0; }
+    fi
+    mkdir -p "$records/$name"
+    cp "$run/config.json" "$run/history.csv" "$run/result.json" "$records/$name/"
+}
+
+# The best network first: it teaches the others, and then itself.
+modern() {
+    train resnet20-modern --arch resnet20
+    local teacher=(--teacher "$runs/resnet20-modern")
+    train inception-modern --arch inception "${teacher[@]}"
+    train alexnet-modern --arch alexnet "${teacher[@]}"
+    train baseline-modern --arch baseline "${teacher[@]}"
+    train resnet20-distilled --arch resnet20 "${teacher[@]}"
+}
+
+paper() {
     for arch in resnet20 inception alexnet baseline; do
-        run=runs/$arch-$recipe
-        [ -e "$run/weights.pt" ] && continue
-        resume=()
-        [ -e "$run/checkpoint.pt" ] && resume=(--resume)
-        python -m training.fit --arch "$arch" --recipe "$recipe" --out "$run" "${resume[@]}" "$@"
-        if [ "$recipe" = modern ]; then python -m training.export "$run" -o exported/; fi
+        train "$arch-paper" --arch "$arch" --recipe paper
     done
+}
+
+# Section 4.2.3 of the paper; fp16 needs a GPU.
+precision() {
+    local kinds=(fp32 bf16)
+    ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || kinds+=(fp16)
+    for kind in "${kinds[@]}"; do
+        train "precision-$kind-resnet20" --arch resnet20 --recipe paper --epochs 2 --precision "$kind"
+    done
+}
+
+# One ingredient of the modern recipe at a time, on images held out of train. The length is what two
+# CPU cores do in a few minutes a run; on a GPU give "-- --epochs 15 --limit-train 95000 -b 512".
+ablation() {
+    local base=(--arch resnet20 --recipe modern --holdout 5000 --limit-train 20000 --epochs 5
+                --batch-size 128 --lr 0.1 --set ema=0.99 --set 'sizes=[[0,16],[0.4,24]]')
+    train ablation-base "${base[@]}"
+    train ablation-no-shortcuts "${base[@]}" --arch plain20
+    train ablation-no-cutmix "${base[@]}" --set cutmix=0
+    train ablation-mixup "${base[@]}" --set cutmix=0 --set mixup=0.5
+    train ablation-no-averaging "${base[@]}" --set ema=null
+    train ablation-no-smoothing "${base[@]}" --set label_smoothing=0
+    train ablation-plain-crops "${base[@]}" --set crop_area=null --set crop=56
+    train ablation-one-size "${base[@]}" --set 'sizes=[[0,24]]'
+    train ablation-no-warmup "${base[@]}" --set warmup=0
+    train ablation-decay-everything "${base[@]}" --set decay_norms_and_biases=true
+    train ablation-distilled "${base[@]}" --teacher "$runs/ablation-base"
+}
+
+for group in "${groups[@]}"; do
+    case $group in
+        modern | paper | precision | ablation) "$group" ;;
+        *) echo "unknown group $group: modern, paper, precision or ablation" >&2; exit 2 ;;
+    esac
 done
+[ "${#groups[@]}" -gt 0 ] || { echo "name groups of runs: modern, paper, precision, ablation" >&2; exit 2; }

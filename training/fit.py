@@ -117,11 +117,13 @@ def fit(trainer: Trainer, run: Run, deadline: float | None = None) -> list[Row]:
     :func:`time.monotonic` has passed ``deadline``.
     """
     config, workers = trainer.config, trainer.workers
-    recipe = config.recipe
+    recipe, title = config.recipe, f"{config.arch}, recipe {config.recipe.name}"
     history: list[Row] = []
     if run.saved is not None:
         trainer.load_state_dict(run.saved["trainer"])
         history = run.saved["history"]
+        if history:  # the run may have been killed between its checkpoint and this
+            run.write_history(history, title, recipe)
     if workers.first:
         if run.saved is not None:
             print(f"resumed at step {trainer.step} of {trainer.steps}", file=sys.stderr)
@@ -143,7 +145,7 @@ def fit(trainer: Trainer, run: Run, deadline: float | None = None) -> list[Row]:
                 )
             history.append(row)
             run.save_checkpoint({"trainer": trainer.state_dict(), "history": history})
-            run.write_history(history, f"{config.arch}, recipe {recipe.name}", recipe)
+            run.write_history(history, title, recipe)
             if writer is not None:
                 for name, value in row.items():
                     writer.add_scalar(f"epoch/{name}", value, trainer.step)
