@@ -39,8 +39,15 @@ CARD = ModelCard(
 )
 
 
+FINE_TUNED = dataclasses.replace(
+    CARD, training=dataclasses.replace(CARD.training, epochs=5, initial=CARD.training)
+)
+
+
 @pytest.mark.parametrize(
-    "card", [CARD, dataclasses.replace(CARD, training=None, parity=None)], ids=["full", "bare"]
+    "card",
+    [CARD, FINE_TUNED, dataclasses.replace(CARD, training=None, parity=None)],
+    ids=["full", "fine-tuned", "bare"],
 )
 def test_a_card_survives_its_document(card):
     assert ModelCard.from_json(card.to_json()) == card
@@ -58,6 +65,8 @@ def changed(**fields) -> str:
         ("{}", "damaged metadata"),
         (changed(format=2), "model format 2"),
         (changed(surprise=1), "damaged metadata"),
+        (changed(training="long"), "damaged metadata"),
+        (changed(training={"epochs": 1}), "damaged metadata"),
         (changed(labels=[{"name": "only"}]), "damaged metadata"),
     ],
 )

@@ -28,6 +28,7 @@ from tinyserve.modelfile import (
     DEFAULT_MODEL,
     Label,
     ModelCard,
+    Training,
     find_model,
     installed_models,
     search_folders,
@@ -173,10 +174,11 @@ def _card_lines(path: Path, card: ModelCard) -> Iterator[tuple[str, str]]:
         yield (
             "trained on",
             f"{training.train_images:,} images of {training.dataset} "
-            f"({training.dataset_fingerprint[:12]}), recipe {training.recipe}, "
-            f"{training.epochs} epochs, seed {training.seed}, {training.precision}, "
-            f"commit {training.commit}",
+            f"({training.dataset_fingerprint[:12]}), {_how(training)}",
         )
+        if training.initial:
+            earlier = training.initial
+            yield "started from", f"weights trained on {earlier.dataset}, {_how(earlier)}"
         yield (
             "accuracy",
             f"top-1 {100 * training.val_top1:.2f} %, top-5 {100 * training.val_top5:.2f} % "
@@ -190,6 +192,13 @@ def _card_lines(path: Path, card: ModelCard) -> Iterator[tuple[str, str]]:
             f"largest difference of a probability {parity.max_difference:.1e} "
             f"({device_name(parity.provider)}, ONNX Runtime {parity.onnxruntime})",
         )
+
+
+def _how(training: Training) -> str:
+    return (
+        f"recipe {training.recipe}, {training.epochs} epochs, seed {training.seed}, "
+        f"{training.precision}, commit {training.commit}"
+    )
 
 
 def _summary_lines(summary: Summary) -> Iterator[str]:

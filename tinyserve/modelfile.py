@@ -111,7 +111,7 @@ class ModelCard:
                 fields["parity"]["batch_sizes"] = tuple(fields["parity"]["batch_sizes"])
                 fields["parity"] = Parity(**fields["parity"])
             return cls(**fields)
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ModelFileError(f"damaged metadata ({error})") from error
 
 
