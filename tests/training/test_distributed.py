@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -7,14 +8,17 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from torch import nn
 
-from training import checkpoint
+from training import checkpoint, data
 from training.distributed import ALONE, Workers, joined
+from training.recipes import RECIPES
+from training.run import Config
+from training.trainer import Trainer
 
-ARGUMENTS = (
-    "--arch baseline --recipe paper --epochs 2 --batch-size 6 --device cpu --precision fp32 --seed 3"
-).split()
+ARGUMENTS = [
+    *("--arch", "baseline", "--recipe", "paper", "--epochs", "2", "--batch-size", "6"),
+    *("--device", "cpu", "--precision", "fp32", "--seed", "3"),
+]
 """Of a network with neither batch norm nor dropout, on random crops."""
 
 
@@ -83,25 +87,45 @@ def test_a_run_goes_on_in_two_processes_where_two_stopped(train, together, tmp_p
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
-def _statistics(rank: int, folder: str) -> None:
-    """One of two processes with a batch norm of its own; saves what averaging gives it."""
+def _train_apart(rank: int, folder: str, photos: str) -> None:
+    """One of two processes; saves its batch norms' means before and after the epoch's end."""
+    torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    norm = nn.BatchNorm1d(1)
-    assert norm.running_mean is not None
-    norm.running_mean.fill_(float(rank))
-    workers = Workers(rank, 2)
-    total = workers.total(norm.running_mean)
-    torch.save((total, norm.running_mean), f"{folder}/{rank}.pt")
+    recipe = dataclasses.replace(
+        RECIPES["modern"]("baseline"), epochs=1, batch_size=6, ema=0.9, sizes=((0.0, 24),)
+    )
+    config = Config(
+        arch="baseline", recipe=recipe, seed=0, precision="fp32", image_size=64, limit_train=6
+    )
+    dataset = data.load(Path(photos))
+    trainer = Trainer(config, dataset, torch.device("cpu"), workers=Workers(rank, 2))
+    trainer.train_step()
+
+    def means() -> list[torch.Tensor]:
+        return [
+            value.clone()
+            for network in (trainer.model, trainer.evaluated)
+            for name, value in network.named_buffers()
+            if name.endswith("running_mean")
+        ]
+
+    before = means()
+    row = trainer.finish_epoch()
+    torch.save((before, means(), row["val_loss"]), f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
 @pytest.mark.slow
-def test_a_total_is_over_all_processes_and_leaves_the_summand(tmp_path):
-    mp.spawn(_statistics, (str(tmp_path),), nprocs=2)
-    for rank in (0, 1):
-        total, own = torch.load(tmp_path / f"{rank}.pt")
-        assert total.tolist() == [1.0]
-        assert own.tolist() == [float(rank)]
+def test_batch_norm_statistics_are_averaged_before_they_are_used(photos, tmp_path):
+    mp.spawn(_train_apart, (str(tmp_path), str(photos)), nprocs=2)
+    saved = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
+    (first, after, loss), (second, other_after, other_loss) = saved
+    assert len(after) == 4  # two norms, of the network and of its running average
+    for one, two, mean, other_mean in zip(first, second, after, other_after, strict=True):
+        assert not torch.allclose(one, two, rtol=1e-3)
+        assert torch.allclose(mean, (one + two) / 2, rtol=1e-5, atol=1e-7)
+        assert torch.equal(mean, other_mean)
+    assert loss == other_loss
 
 
 def test_shares_are_a_partition_of_the_batch():
