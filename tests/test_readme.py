@@ -73,7 +73,7 @@ def test_two_commands_are_all_a_fresh_machine_needs():
     assert "pytest" in commands[1]
 
 
-@pytest.mark.parametrize("module", ["training.fit", "training.export"])
+@pytest.mark.parametrize("module", ["training.fit", "training.export", "training.report"])
 def test_help_of_the_training_commands_is_there(module):
     pytest.importorskip("torch")
     run = subprocess.run(

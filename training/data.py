@@ -104,7 +104,7 @@ def load(root: Path, *, image_size: int = 64, skip_bad: bool = False, holdout: i
     if not train_files:
         raise DataError(f"no images in {train_folder}")
     if empty := sorted(set(names) - {names[label] for _, label in train_files}):
-        _note(f"no training images of {len(empty)} classes: {_some(empty)}")
+        _note(f"class folders without training images: {_some(empty)}")
     train = _decode_split(root, "train", train_files, image_size, skip_bad=skip_bad)
 
     val_files: list[tuple[str, int]] = []

@@ -83,16 +83,14 @@ class Recipe:
 
     def learning_rate(self, step: int, steps_per_epoch: int) -> float:
         """The learning rate of a step; steps count from 0 through all epochs."""
-        if self.schedule == "cosine-restarts":
-            # The paper's formula, with its step counting from 1.
-            return (
-                self.lr / 2 * (math.cos(math.pi * (step % steps_per_epoch) / steps_per_epoch) + 1)
-            )
-        steps = self.epochs * steps_per_epoch
-        rise = self.warmup * steps
-        if step < rise:
-            return self.lr * (step + 1) / (rise + 1)
-        return self.lr / 2 * (math.cos(math.pi * (step - rise) / (steps - rise)) + 1)
+        return learning_rate(
+            step,
+            steps_per_epoch,
+            schedule=self.schedule,
+            peak=self.lr,
+            warmup=self.warmup,
+            epochs=self.epochs,
+        )
 
     def changed(self, assignments: Iterable[str]) -> "Recipe":
         """This recipe with some fields set, each as ``field=value`` with the value in JSON."""
@@ -136,6 +134,25 @@ class Recipe:
         """The size of the images that the network is trained on at a step."""
         progress = step / (self.epochs * steps_per_epoch)
         return [size for start, size in self.sizes if start <= progress][-1]
+
+
+def learning_rate(
+    step: int, steps_per_epoch: int, *, schedule: str, peak: float, warmup: float, epochs: int
+) -> float:
+    """The learning rate of a step; steps count from 0 through all epochs.
+
+    Raises :class:`ValueError` for a schedule that is not known.
+    """
+    if schedule == "cosine-restarts":
+        # The paper's formula, with its step counting from 1.
+        return peak / 2 * (math.cos(math.pi * (step % steps_per_epoch) / steps_per_epoch) + 1)
+    if schedule != "warmup-cosine":
+        raise ValueError(f"the schedule {schedule!r} is not known")
+    steps = epochs * steps_per_epoch
+    rise = warmup * steps
+    if step < rise:
+        return peak * (step + 1) / (rise + 1)
+    return peak / 2 * (math.cos(math.pi * (step - rise) / (steps - rise)) + 1)
 
 
 _KIN = {"plain20": "resnet20"}
