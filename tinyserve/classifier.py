@@ -51,14 +51,19 @@ class Result:
 class Classifier:
     """A model, ready to classify.
 
-    ``model`` is the name of an installed model or the path of a model file; ``device`` and
-    ``threads`` are :class:`~tinyserve.engine.Engine`'s. Safe to use from several threads.
+    ``model`` is the name of an installed model or the path of a model file; ``device``, ``threads``
+    and ``self_test`` are :class:`~tinyserve.engine.Engine`'s. Safe to use from several threads.
     """
 
     def __init__(
-        self, model: str = DEFAULT_MODEL, *, device: str | None = None, threads: int | None = None
+        self,
+        model: str = DEFAULT_MODEL,
+        *,
+        device: str | None = None,
+        threads: int | None = None,
+        self_test: bool = True,
     ) -> None:
-        self.engine = Engine(find_model(model), device=device, threads=threads)
+        self.engine = Engine(find_model(model), device=device, threads=threads, self_test=self_test)
         self._labels_by_key = _label_keys(self.card.labels)
 
     @property
@@ -87,7 +92,7 @@ class Classifier:
                 self.engine.run(np.stack(good)) if good else ()
             )
             for item, image in batch:
-                index = self._label_index(item.label)
+                index = self.label_index(item.label)
                 label = None if index is None else self.card.labels[index]
                 if isinstance(image, ImageError):
                     yield Result(item.path, str(image), (), label, None)
@@ -129,7 +134,8 @@ class Classifier:
             Prediction(int(i), labels[i].wnid, labels[i].name, float(row[i])) for i in best
         )
 
-    def _label_index(self, label: str | None) -> int | None:
+    def label_index(self, label: str | None) -> int | None:
+        """The class that a label, a name or WordNet id, stands for; None where it is none."""
         return None if label is None else self._labels_by_key.get(_key(label))
 
 

@@ -1,44 +1,41 @@
-"""The command line: ``tinyserve classify``, ``models`` and ``info``.
+"""The command line, ``tinyserve COMMAND``: every command is a function of its arguments here.
 
 Results go to stdout, everything else to stderr. Exit codes: 0 clean, 1 failure, 2 usage,
-3 finished but some inputs failed, 5 the device asked for cannot run.
+3 finished but some inputs failed, 4 a model is not what it was, 5 the device asked for cannot run.
 """
 
 import argparse
-import contextlib
-import csv
 import dataclasses
 import json
 import logging
 import os
-import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from tqdm import tqdm
 
-from tinyserve.classifier import Classifier, Prediction, Result
-from tinyserve.dataset import Input, find_inputs
+from tinyserve import compare as comparison
+from tinyserve import verify as verification
+from tinyserve.classifier import Classifier
+from tinyserve.dataset import find_inputs
 from tinyserve.engine import DEVICES, device_name, read_card
 from tinyserve.errors import ModelFileError, TinyserveError, UsageError
 from tinyserve.modelfile import (
     DEFAULT_MODEL,
-    Label,
     ModelCard,
     Training,
     find_model,
     installed_models,
     search_folders,
 )
+from tinyserve.output import FORMATS, format_of, open_output, writer
 from tinyserve.report import Summary, Tally
+from tinyserve.triton import write_repository
 
 SOME_FAILED = 3
-FORMATS = ("table", "jsonl", "csv")
-
-Writer = Callable[[Result], None]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -65,12 +62,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def classify(arguments: argparse.Namespace) -> int:
     inputs = find_inputs(arguments.paths)
-    format_ = arguments.format or _format_of(arguments.output)
-    classifier = Classifier(arguments.model, device=arguments.device)
+    format_ = arguments.format or format_of(arguments.output)
+    classifier = Classifier(
+        arguments.model, device=arguments.device, self_test=not arguments.no_self_test
+    )
     tally = Tally()
     start = time.perf_counter()
-    with _open_output(arguments.output) as stream:
-        write = _writer(format_, stream, inputs, arguments.topk)
+    with open_output(arguments.output) as stream:
+        write = writer(format_, stream, inputs, arguments.topk)
         results = classifier.classify_many(
             inputs, k=arguments.topk, batch_size=arguments.batch_size
         )
@@ -149,10 +148,103 @@ def info(arguments: argparse.Namespace) -> int:
     path = find_model(arguments.model)
     card = read_card(path)
     if arguments.json:
-        print(json.dumps({"path": str(path), **dataclasses.asdict(card)}, indent=2))
+        document = dataclasses.asdict(card)
+        if card.golden is not None:  # hundreds of kilobytes that nobody reads
+            document["golden"] = {
+                "count": card.golden.count,
+                "tolerance": card.golden.tolerance,
+            }
+        print(json.dumps({"path": str(path), **document}, indent=2))
     else:
         _print_columns(list(_card_lines(path, card)))
     return 0
+
+
+def labels(arguments: argparse.Namespace) -> int:
+    found = read_card(find_model(arguments.model)).labels
+    if arguments.json:
+        print(json.dumps([dataclasses.asdict(label) for label in found], indent=2))
+    else:
+        _print_columns(
+            [(str(index), label.wnid or "", label.name) for index, label in enumerate(found)]
+        )
+    return 0
+
+
+def verify(arguments: argparse.Namespace) -> int:
+    classifier = Classifier(arguments.model, device=arguments.device, self_test=False)
+    name = _model_name(arguments.model)
+    test = verification.self_test(classifier)
+    document: dict[str, Any] = {"model": name, "self_test": dataclasses.asdict(test)}
+    device = device_name(test.provider)
+    lines = [f"{name}: graph and metadata are as they were exported"]
+    if test.max_difference is None:
+        lines.append("it carries no golden images")
+    else:
+        lines.append(
+            f"{test.golden_images} golden images on {device}: largest difference of a probability "
+            f"{test.max_difference:.1e}, {test.tolerance:g} allowed"
+        )
+    if arguments.data is not None:
+        inputs = find_inputs([_validation_folder(arguments.data)])
+        with tqdm(total=len(inputs), unit="image", disable=None, leave=False) as bar:
+            found = verification.replay(classifier, inputs, lambda _: bar.update())
+        document["replay"] = {**dataclasses.asdict(found), "difference": found.difference}
+        same = "exactly what" if found.difference == 0 else f"{found.difference:+d} to what"
+        lines.append(
+            f"top-1 {100 * found.correct_top1 / found.images:.2f} % "
+            f"({found.correct_top1:,} of {found.images:,}) on {device}, {same} the file says of "
+            f"{device_name(found.expected_provider)}"
+        )
+    print(json.dumps(document, indent=2) if arguments.json else "\n".join(lines))
+    return 0
+
+
+def compare(arguments: argparse.Namespace) -> int:
+    names = (arguments.a, arguments.b)
+    a, b = (Classifier(name, device=arguments.device) for name in names)
+    inputs = find_inputs([_validation_folder(arguments.data)])
+    with tqdm(total=len(inputs), unit="image", disable=None, leave=False) as bar:
+        found = comparison.compare(a, b, inputs, batch_size=arguments.batch_size, watch=bar.update)
+    if arguments.json:
+        print(json.dumps({"models": names, **dataclasses.asdict(found)}, indent=2))
+        return 0
+    sides = (found.a, found.b)
+    _print_columns(
+        [
+            ("", *(f"{letter}: {_model_name(n)}" for letter, n in zip("AB", names, strict=True))),
+            ("top-1", *(f"{100 * side.top1:.2f} %" for side in sides)),
+            ("right", *(f"{side.correct:,} of {found.images:,}" for side in sides)),
+            ("only this one right", f"{found.only_a_right:,}", f"{found.only_b_right:,}"),
+            ("images/s", *(f"{side.images_per_second:,.0f}" for side in sides)),
+            ("device", *(device_name(side.provider) for side in sides)),
+        ]
+    )
+    print(
+        f"the same top-1 on {100 * found.agreement:.2f} %; p = {found.p_value:.2g} "
+        f"(McNemar, exact); B is {found.speed_ratio:.2f} times as fast as A"
+    )
+    if found.unreadable:
+        print(f"tinyserve: {found.unreadable:,} images cannot be read", file=sys.stderr)
+        return SOME_FAILED
+    return 0
+
+
+def triton(arguments: argparse.Namespace) -> int:
+    models = {_model_name(name): find_model(name) for name in arguments.model.split(",")}
+    for folder in write_repository(Path(arguments.output), models):
+        print(folder)
+    print(
+        f"serve it with: tritonserver --model-repository={os.path.abspath(arguments.output)}",
+        file=sys.stderr,
+    )
+    return 0
+
+
+def _validation_folder(data: str) -> str:
+    """``val/`` of a data set, or the folder itself."""
+    inside = os.path.join(data, "val")
+    return inside if os.path.isdir(inside) else data
 
 
 def _card_lines(path: Path, card: ModelCard) -> Iterator[tuple[str, str]]:
@@ -184,13 +276,21 @@ def _card_lines(path: Path, card: ModelCard) -> Iterator[tuple[str, str]]:
             f"top-1 {100 * training.val_top1:.2f} %, top-5 {100 * training.val_top5:.2f} % "
             f"of {training.val_images:,} validation images, single centre view",
         )
-    if parity := card.parity:
+    for entry in card.evidence:
+        accuracy = ""
+        if entry.val_images:
+            accuracy = f"; right on {entry.correct_top1:,} of {entry.val_images:,} images"
         yield (
-            "parity",
-            f"{100 * parity.top1_agreement:g} % the same top-1 as PyTorch {parity.torch} on "
-            f"{parity.images:,} images, batches of {', '.join(map(str, parity.batch_sizes))}; "
-            f"largest difference of a probability {parity.max_difference:.1e} "
-            f"({device_name(parity.provider)}, ONNX Runtime {parity.onnxruntime})",
+            "evidence",
+            f"{device_name(entry.provider)}, ONNX Runtime {entry.onnxruntime}: "
+            f"{100 * entry.top1_agreement:g} % the same top-1 as {entry.reference} on "
+            f"{entry.images:,} images, batches of {', '.join(map(str, entry.batch_sizes))}; "
+            f"largest difference of a probability {entry.max_difference:.1e}{accuracy}",
+        )
+    if golden := card.golden:
+        yield (
+            "self-test",
+            f"{golden.count} golden images; a probability may be off by {golden.tolerance:g}",
         )
 
 
@@ -216,68 +316,6 @@ def _summary_lines(summary: Summary) -> Iterator[str]:
         )
 
 
-def _writer(format_: str, stream: TextIO, inputs: Sequence[Input], k: int) -> Writer:
-    if format_ == "jsonl":
-        return lambda result: print(json.dumps(_document(result), ensure_ascii=False), file=stream)
-    if format_ == "csv":
-        return _csv_writer(stream, k)
-    return _table_writer(stream, inputs)
-
-
-def _document(result: Result) -> dict[str, Any]:
-    return {
-        "path": result.path,
-        "status": "ok" if result.error is None else "error",
-        "error": result.error,
-        "predictions": [dataclasses.asdict(prediction) for prediction in result.predictions],
-        "label": None if result.label is None else _label_id(result.label),
-        "correct": result.correct,
-    }
-
-
-def _csv_writer(stream: TextIO, k: int) -> Writer:
-    rows = csv.writer(stream, lineterminator="\n")
-    fields = [field.name for field in dataclasses.fields(Prediction)]
-    numbered = [f"{field}_{place}" for place in range(1, k + 1) for field in fields]
-    rows.writerow(["path", "status", "error", "label", "correct", *numbered])
-
-    def write(result: Result) -> None:
-        document = _document(result)
-        values = [
-            value for prediction in result.predictions for value in dataclasses.astuple(prediction)
-        ]
-        values += [None] * (len(numbered) - len(values))
-        rows.writerow(
-            [document[name] for name in ("path", "status", "error", "label", "correct")] + values
-        )
-
-    return write
-
-
-def _table_writer(stream: TextIO, inputs: Sequence[Input]) -> Writer:
-    """Rows of path, mark, and as many predictions as the width holds."""
-    columns = shutil.get_terminal_size((100, 24)).columns if stream.isatty() else 120
-    path_width = min(max(len(item.path) for item in inputs), columns // 2)
-
-    def write(result: Result) -> None:
-        path = result.path
-        if len(path) > path_width:
-            path = "…" + path[1 - path_width :]
-        mark = {None: " ", True: "✓", False: "✗"}[result.correct]
-        line = f"{path:<{path_width}}  {mark} "
-        if result.error is not None:
-            print(f"{line} error: {result.error}", file=stream)
-            return
-        for place, prediction in enumerate(result.predictions):
-            cell = f" {100 * prediction.probability:5.1f} % {prediction.name:<18}"
-            if place and len(line) + len(cell.rstrip()) > columns:
-                break
-            line += cell
-        print(line.rstrip(), file=stream)
-
-    return write
-
-
 def _print_columns(rows: Sequence[Sequence[str]]) -> None:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
@@ -285,30 +323,8 @@ def _print_columns(rows: Sequence[Sequence[str]]) -> None:
         print("  ".join(cells).rstrip())
 
 
-@contextlib.contextmanager
-def _open_output(path: str | None) -> Iterator[TextIO]:
-    if path is None:
-        yield sys.stdout
-        return
-    try:
-        with open(path, "w", encoding="utf-8", errors="backslashreplace", newline="") as stream:
-            yield stream
-    except OSError as error:
-        raise UsageError(f"cannot write {path}: {error.strerror}") from error
-
-
-def _format_of(output: str | None) -> str:
-    if output is None:
-        return "table"
-    return "csv" if output.endswith(".csv") else "jsonl"
-
-
 def _model_name(model: str) -> str:
     return Path(model).name.removesuffix(".onnx")
-
-
-def _label_id(label: Label) -> str:
-    return label.name if label.wnid is None else label.wnid
 
 
 def _at_least_one(text: str) -> int:
@@ -337,6 +353,7 @@ def _parser() -> argparse.ArgumentParser:
     add("-k", "--topk", type=_at_least_one, default=5, help="predictions an image (default: 5)")
     add("-b", "--batch-size", type=_at_least_one, default=32, help="default: %(default)s")
     add("--device", choices=DEVICES, help="default: $TINYSERVE_DEVICE or auto")
+    add("--no-self-test", action="store_true", help="do not replay the file's golden images first")
     add("--format", choices=FORMATS, help="default: table, or by the suffix of -o")
     add("-o", "--output", metavar="FILE", help="write the rows here instead of to stdout")
     add("--summary", metavar="FILE", help="write the summary here, too, as JSON")
@@ -349,6 +366,42 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(command=info)
     command.add_argument("model", metavar="MODEL", help="name or .onnx file")
     command.add_argument("--json", action="store_true")
+
+    command = commands.add_parser("labels", help="print the classes of a model, in their order")
+    command.set_defaults(command=labels)
+    command.add_argument("model", metavar="MODEL", help="name or .onnx file")
+    command.add_argument("--json", action="store_true")
+
+    command = commands.add_parser(
+        "verify",
+        help="check that a model file does here what was measured when it was made",
+        description="Check that a model file is unchanged and answers as it should: its golden "
+        "images always, and with --data its accuracy. Exit code 4 where it does not.",
+    )
+    command.set_defaults(command=verify)
+    add = command.add_argument
+    add("model", metavar="MODEL", help="name or .onnx file")
+    add("--data", metavar="DIR", help="the validation images that its accuracy was measured on")
+    add("--device", choices=DEVICES, help="default: $TINYSERVE_DEVICE or auto")
+    add("--json", action="store_true")
+
+    command = commands.add_parser(
+        "compare", help="compare two models on the same images: accuracy, agreement, speed"
+    )
+    command.set_defaults(command=compare)
+    add = command.add_argument
+    add("a", metavar="A", help="name or .onnx file")
+    add("b", metavar="B", help="name or .onnx file")
+    add("--data", metavar="DIR", required=True, help="labelled images, or a data set with val/")
+    add("-b", "--batch-size", type=_at_least_one, default=32, help="default: %(default)s")
+    add("--device", choices=DEVICES, help="default: $TINYSERVE_DEVICE or auto")
+    add("--json", action="store_true")
+
+    command = commands.add_parser("triton", help="write a model repository for NVIDIA Triton")
+    command.set_defaults(command=triton)
+    add = command.add_argument
+    add("output", metavar="OUT", help="folder of the repository")
+    add("-m", "--model", required=True, help="names or .onnx files, separated by commas")
     return parser
 
 

@@ -5,6 +5,7 @@ import logging
 import math
 import os
 import sys
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,8 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from tinyserve.errors import DeviceError, ModelFileError, UsageError
-from tinyserve.modelfile import INPUT_NAME, METADATA_KEY, OUTPUT_NAME, ModelCard
+from tinyserve.errors import DeviceError, GateError, ModelFileError, UsageError
+from tinyserve.modelfile import INPUT_NAME, METADATA_KEY, OUTPUT_NAME, ModelCard, check_graph
 
 logger = logging.getLogger("tinyserve")
 
@@ -32,7 +33,9 @@ class Engine:
     warning of the logger ``tinyserve``, and keeps the reason in :attr:`fallback`. ``threads`` is
     the number of CPU threads, by default ``$TINYSERVE_NUM_THREADS`` or all this process may use.
 
-    Raises :class:`ModelFileError` for files that are no models of this package.
+    A file that carries golden images is tested with them at once, unless ``self_test`` is False.
+    Raises :class:`ModelFileError` for files that are no models of this package, and
+    :class:`GateError` for those that were changed or that answer otherwise here than they should.
     """
 
     card: ModelCard
@@ -42,7 +45,12 @@ class Engine:
     """Why ``auto`` runs on the CPU and not on CUDA; None where it did not have to fall back."""
 
     def __init__(
-        self, path: str | os.PathLike[str], *, device: str | None = None, threads: int | None = None
+        self,
+        path: str | os.PathLike[str],
+        *,
+        device: str | None = None,
+        threads: int | None = None,
+        self_test: bool = True,
     ) -> None:
         device = device or os.environ.get("TINYSERVE_DEVICE") or "auto"
         if device not in DEVICES:
@@ -69,6 +77,30 @@ class Engine:
             self.fallback = problem or "ONNX Runtime could not load its CUDA provider"
             logger.warning("running on the CPU: %s", self.fallback)
         self.card = _card(self.path, self._session)
+        if self_test:
+            self.self_test()
+
+    def self_test(self) -> float | None:
+        """The largest difference of a probability from the golden ones; None without golden images.
+
+        Raises :class:`GateError` where the file was changed or the difference is too large, as a
+        broken driver or library or a damaged download make it.
+        """
+        check_graph(self.path, self.card)
+        golden = self.card.golden
+        if golden is None:
+            return None
+        try:
+            images, expected = golden.arrays(self.card.image_size, len(self.card.labels))
+        except (ValueError, zlib.error) as error:
+            raise ModelFileError(f"{self.path}: damaged golden images ({error})") from error
+        difference = float(np.abs(self.run(images) - expected).max())
+        if not difference <= golden.tolerance:  # not a number is no pass
+            raise GateError(
+                f"{self.path} fails its self-test on {device_name(self.provider)}: a probability "
+                f"is off by {difference:.2g}, more than {golden.tolerance:g}"
+            )
+        return difference
 
     def run(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Probabilities, float32 ``[N, classes]``, rows summing to 1.
@@ -160,8 +192,8 @@ def _card(path: Path, session: ort.InferenceSession) -> ModelCard:
         raise ModelFileError(f"{path} is an ONNX model, but none that tinyserve exported")
     try:
         card = ModelCard.from_json(document)
-    except ModelFileError as error:
-        raise ModelFileError(f"{path}: {error}") from error
+    except (ModelFileError, GateError) as error:
+        raise type(error)(f"{path}: {error}") from error
     size, classes = card.image_size, len(card.labels)
     inputs = [(i.name, i.type, i.shape[1:]) for i in session.get_inputs()]
     outputs = [(o.name, o.type, o.shape[1:]) for o in session.get_outputs()]

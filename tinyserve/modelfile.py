@@ -5,14 +5,21 @@ under :data:`METADATA_KEY` in the ONNX metadata. Its graph has one input, ``imag
 ``[batch, size, size, 3]``, RGB, and one output, ``probabilities``: float32 ``[batch, classes]``.
 """
 
+import base64
 import dataclasses
+import hashlib
 import json
+import mmap
 import os
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tinyserve.errors import ModelFileError
+import numpy as np
+from numpy.typing import NDArray
+
+from tinyserve.errors import GateError, ModelFileError
 from tinyserve.images import RESIZE_RULE
 
 FORMAT = 1
@@ -20,6 +27,9 @@ METADATA_KEY = "tinyserve"
 INPUT_NAME = "images"
 OUTPUT_NAME = "probabilities"
 DEFAULT_MODEL = "resnet20"
+
+_DIGEST = "card_sha256"
+_METADATA_PROPS = 14  # the field's number in onnx.proto
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,19 +67,59 @@ class Training:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Parity:
-    """Proof that the file computes what the trained network computes, on validation images.
+class Evidence:
+    """What was measured before the file was kept, on one execution provider of ONNX Runtime.
 
-    ``max_difference`` is the largest absolute difference of any probability.
+    The answers to ``images`` images, in batches of each of ``batch_sizes``, were compared with
+    those of ``reference``: ``top1_agreement`` is the share with the same top-1,
+    ``max_difference`` the largest absolute difference of any probability. ``correct_top1`` of all
+    ``val_images`` validation images were right, 0 of 0 where there are none.
     """
 
+    provider: str
+    reference: str
     images: int
     batch_sizes: tuple[int, ...]
-    provider: str
     top1_agreement: float
     max_difference: float
-    torch: str
+    val_images: int
+    correct_top1: int
     onnxruntime: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Golden:
+    """A few images with the probabilities that the file gave for them when it was made.
+
+    ``images`` is uint8 ``[n, size, size, 3]``, deflated, ``probabilities`` float32
+    ``[n, classes]``, little-endian; both in base64. ``tolerance`` is how far a probability may be
+    off on another machine.
+    """
+
+    count: int
+    images: str
+    probabilities: str
+    tolerance: float
+
+    @classmethod
+    def of(
+        cls, images: NDArray[np.uint8], probabilities: NDArray[np.float32], *, tolerance: float
+    ) -> "Golden":
+        return cls(
+            count=len(images),
+            images=base64.b64encode(zlib.compress(images.tobytes(), 9)).decode(),
+            probabilities=base64.b64encode(probabilities.astype("<f4").tobytes()).decode(),
+            tolerance=tolerance,
+        )
+
+    def arrays(self, size: int, classes: int) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
+        """The images and their probabilities; ValueError where they are not of this shape."""
+        pixels = zlib.decompress(
+            base64.b64decode(self.images), bufsize=self.count * size * size * 3
+        )
+        images = np.frombuffer(pixels, np.uint8).reshape(self.count, size, size, 3)
+        numbers = np.frombuffer(base64.b64decode(self.probabilities), "<f4")
+        return images, numbers.astype(np.float32).reshape(self.count, classes)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,7 +128,9 @@ class ModelCard:
 
     ``image_size`` is the side in pixels of the images that the graph takes, ``crop`` the side of
     their centre that counts, ``network_size`` the side to which the graph resizes that before the
-    network sees it; ``labels`` are in the order of the output.
+    network sees it; ``views`` is how many views of an image the graph averages; ``labels`` are in
+    the order of the output. ``graph_bytes`` and ``graph_sha256`` are length and digest of the part
+    of the file before the card.
     """
 
     architecture: str
@@ -87,32 +139,93 @@ class ModelCard:
     image_size: int
     crop: int
     network_size: int
+    views: int = 1
     parameters: int
     training: Training | None
-    parity: Parity | None
+    evidence: tuple[Evidence, ...] = ()
+    golden: Golden | None = None
+    graph_bytes: int = 0
+    graph_sha256: str = ""
     resize_rule: str = RESIZE_RULE
     format: int = FORMAT
 
     def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self), ensure_ascii=False)
+        """The document, with a digest of itself."""
+        fields = dataclasses.asdict(self)
+        return json.dumps({**fields, _DIGEST: _digest(fields)}, ensure_ascii=False)
 
     @classmethod
     def from_json(cls, document: str) -> "ModelCard":
-        """The card in a metadata document; :class:`ModelFileError` where that is not one."""
+        """The card in a metadata document.
+
+        Raises :class:`ModelFileError` where that is not one, and :class:`GateError` where it was
+        changed after it was written.
+        """
         try:
             fields: dict[str, Any] = json.loads(document)
             number = fields["format"]
             if number != FORMAT:
                 raise ModelFileError(f"model format {number}, this version reads format {FORMAT}")
+            digest = fields.pop(_DIGEST)
+            genuine = digest == _digest(fields)
             fields["labels"] = tuple(Label(**label) for label in fields["labels"])
             if fields["training"] is not None:
                 fields["training"] = Training.from_fields(fields["training"])
-            if fields["parity"] is not None:
-                fields["parity"]["batch_sizes"] = tuple(fields["parity"]["batch_sizes"])
-                fields["parity"] = Parity(**fields["parity"])
-            return cls(**fields)
+            fields["evidence"] = tuple(
+                Evidence(**{**entry, "batch_sizes": tuple(entry["batch_sizes"])})
+                for entry in fields["evidence"]
+            )
+            if fields["golden"] is not None:
+                fields["golden"] = Golden(**fields["golden"])
+            card = cls(**fields)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ModelFileError(f"damaged metadata ({error})") from error
+        if not genuine:
+            raise GateError("its metadata was changed after it was exported")
+        return card
+
+
+def _digest(fields: dict[str, Any]) -> str:
+    canonical = json.dumps(fields, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def write_model(path: Path, graph: bytes, card: ModelCard) -> ModelCard:
+    """Write a model file: a serialized ONNX model without metadata, and after it the card.
+
+    Returns the card as it was written, with the graph's digest.
+    """
+    digest = hashlib.sha256(graph).hexdigest()
+    card = dataclasses.replace(card, graph_bytes=len(graph), graph_sha256=digest)
+    # An ONNX file is one protocol buffer message, and the concatenation of two is their merger: the
+    # second holds the field metadata_props alone, with one pair of strings.
+    pair = _field(1, METADATA_KEY.encode()) + _field(2, card.to_json().encode())
+    path.write_bytes(graph + _field(_METADATA_PROPS, pair))
+    return card
+
+
+def check_graph(path: Path, card: ModelCard) -> None:
+    """Raise :class:`GateError` unless the graph in a file is the one that its card describes."""
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        graph = memoryview(content)[: card.graph_bytes]
+        digest = hashlib.sha256(graph).hexdigest()
+        graph.release()
+    if digest != card.graph_sha256:
+        raise GateError(f"{path}: its graph was changed after it was exported")
+
+
+def _field(number: int, content: bytes) -> bytes:
+    """A length-delimited field of a protocol buffer message."""
+    return _varint(number << 3 | 2) + _varint(len(content)) + content
+
+
+def _varint(number: int) -> bytes:
+    encoded = bytearray()
+    while number > 0x7F:
+        encoded.append(number & 0x7F | 0x80)
+        number >>= 7
+    encoded.append(number)
+    return bytes(encoded)
 
 
 def search_folders() -> list[Path]:

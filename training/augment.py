@@ -25,6 +25,8 @@ TEN_CROPS: Views = tuple(
     for row, column in ((0, 0), (0, 1), (1, 0), (1, 1), (0.5, 0.5))
 )
 """Corners and centre, and their mirror images."""
+VIEWS: dict[int, Views] = {1: CENTRE, 2: (*CENTRE, (0.5, 0.5, True)), 10: TEN_CROPS}
+"""What a model file can average, by number."""
 
 
 @dataclass(frozen=True, slots=True)

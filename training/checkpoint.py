@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from tinyserve.errors import CheckpointError
 from tinyserve.modelfile import Label, Training
+from training.augment import CENTRE, Views
 from training.evaluate import ServedNetwork
 from training.models import ARCHS, is_auxiliary
 
@@ -65,7 +66,7 @@ class Weights:
             ) from error
         return model.eval()
 
-    def served(self) -> ServedNetwork:
+    def served(self, views: Views = CENTRE) -> ServedNetwork:
         """The whole graph of the model file with these weights, like :meth:`network`."""
         return ServedNetwork(
             self.network(),
@@ -74,6 +75,7 @@ class Weights:
             image_size=self.image_size,
             crop=self.crop,
             network_size=self.network_size,
+            views=views,
         ).eval()
 
 

@@ -16,14 +16,17 @@ class ServedNetwork(nn.Module):
 
     Maps uint8 ``[N, image_size, image_size, 3]``, RGB, to float32 ``[N, classes]``, rows summing to
     1: centre crop of ``crop`` pixels, normalisation, channels first, resized to ``network_size`` as
-    in training if that differs, the network, softmax.
+    in training if that differs, the network, softmax. Several ``views`` are run as one batch, and
+    their probabilities averaged; where ``crop`` leaves no room to move, crops that are not centred
+    are 7/8 as wide.
     """
 
     mean: Tensor
     scale: Tensor
-    resize: Tensor | None
-    """Interpolation weights ``[network_size, image_size]`` of the rows, and of the columns: crop
-    and resize in one. None where nothing is resized."""
+    rows: Tensor | None
+    """Interpolation weights ``[views, network_size, image_size]`` of the rows, and ``columns`` of
+    the columns: crop, mirror and resize in one. None where nothing is resized."""
+    columns: Tensor | None
 
     def __init__(
         self,
@@ -34,21 +37,30 @@ class ServedNetwork(nn.Module):
         image_size: int,
         crop: int,
         network_size: int,
+        views: augment.Views = augment.CENTRE,
     ) -> None:
         super().__init__()
         self.network = network
-        offset = round((image_size - crop) / 2)
-        resize = None
-        # A slice of everything would stay in the exported graph, so none where none is needed.
-        self.centre = slice(offset, offset + crop) if crop < image_size else None
-        if network_size != crop:
-            start = torch.tensor([float(offset)], device=mean.device)
-            length = torch.full_like(start, crop)
-            resize = augment.interpolation(start, length, image_size, network_size)[0]
-            self.centre = None
+        self.centre: slice | None = None
+        rows = columns = None
+        if network_size != crop or views != augment.CENTRE:
+            if crop == image_size and any((y, x) != (0.5, 0.5) for y, x, _ in views):
+                crop = round(crop * 7 / 8)
+            room = image_size - crop
+            places = torch.tensor([(y, x) for y, x, _ in views], device=mean.device)
+            starts = (places * room).round()
+            length = torch.full((len(views),), float(crop), device=mean.device)
+            rows = augment.interpolation(starts[:, 0], length, image_size, network_size)
+            columns = augment.interpolation(starts[:, 1], length, image_size, network_size)
+            mirrored = torch.tensor([flip for *_, flip in views], device=mean.device)
+            columns = torch.where(mirrored[:, None, None], columns.flip(1), columns)
+        elif crop < image_size:  # a slice of everything would stay in the exported graph
+            offset = round((image_size - crop) / 2)
+            self.centre = slice(offset, offset + crop)
         self.register_buffer("mean", self._crop(mean[None]) if mean.dim() == 3 else mean)
         self.register_buffer("scale", 1 / std)
-        self.register_buffer("resize", resize)
+        self.register_buffer("rows", rows)
+        self.register_buffer("columns", columns)
 
     def _crop(self, images: Tensor) -> Tensor:
         return images if self.centre is None else images[:, self.centre, self.centre]
@@ -56,10 +68,17 @@ class ServedNetwork(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         pixels = (self._crop(images).float() - self.mean) * self.scale
         pixels = pixels.permute(0, 3, 1, 2)
-        if self.resize is not None:
-            pixels = self.resize @ pixels @ self.resize.T
-        logits = self.network(pixels)
-        probabilities: Tensor = logits.float().softmax(dim=1)
+        views = 1
+        if self.rows is not None and self.columns is not None:
+            views = len(self.rows)
+            if views == 1:
+                pixels = self.rows[0] @ pixels @ self.columns[0].T
+            else:
+                resized = self.rows[:, None, None] @ pixels @ self.columns[:, None, None].mT
+                pixels = resized.flatten(0, 1)
+        probabilities: Tensor = self.network(pixels).float().softmax(dim=1)
+        if views > 1:
+            probabilities = probabilities.unflatten(0, (views, -1)).mean(dim=0)
         return probabilities
 
 
