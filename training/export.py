@@ -61,7 +61,8 @@ def export(run: Path, output: Path, *, data_root: Path | None) -> Path:
     Raises :class:`GateError`, leaving no file behind, if the answers differ from PyTorch's.
     """
     weights = checkpoint.load_weights(run)
-    images = gate_images(data_root or _data_of(run), weights)
+    run_data, holdout = _data_of(run, data_root)
+    images = gate_images(run_data, weights, holdout)
     served = weights.served()
     card = ModelCard(
         architecture=weights.arch,
@@ -171,12 +172,12 @@ def check_parity(path: Path, served: ServedNetwork, images: NDArray[np.uint8]) -
     )
 
 
-def gate_images(root: Path, weights: checkpoint.Weights) -> NDArray[np.uint8]:
+def gate_images(root: Path, weights: checkpoint.Weights, holdout: int = 0) -> NDArray[np.uint8]:
     """:data:`GATE_IMAGES` images, evenly spread over the validation split.
 
     uint8 ``[n, size, size, 3]``. A validation split of fewer is filled up from the training split.
     """
-    dataset = data.load(root, image_size=weights.image_size, skip_bad=True)
+    dataset = data.load(root, image_size=weights.image_size, skip_bad=True, holdout=holdout)
     if dataset.fingerprint != weights.training.dataset_fingerprint:
         print(f"note: {root} is not the data that the run was trained on", file=sys.stderr)
     chosen = [dataset.val.images[_spread(len(dataset.val), GATE_IMAGES)]]
@@ -195,11 +196,15 @@ def _split(images: NDArray[np.uint8], batch: int) -> Iterator[NDArray[np.uint8]]
         yield images[start : start + batch]
 
 
-def _data_of(run: Path) -> Path:
-    """The folder that a run was trained on, as its config.json remembers it."""
+def _data_of(run: Path, named: Path | None) -> tuple[Path, int]:
+    """The folder that was named, or else that a run was trained on, and how many images of it the
+    run held out, as its config.json remembers them."""
     try:
-        return Path(json.loads((run / "config.json").read_text())["data"])
+        document = json.loads((run / "config.json").read_text())
+        return named or Path(document["data"]), document.get("config", {}).get("holdout", 0)
     except (OSError, ValueError, KeyError) as error:
+        if named is not None:
+            return named, 0
         raise CheckpointError(
             f"{run / 'config.json'} does not say what the run was trained on; name it with --data"
         ) from error
