@@ -102,8 +102,8 @@ def save_weights(folder: Path, weights: Weights) -> None:
     save(folder / WEIGHTS, document)
 
 
-def load_weights(folder: Path) -> Weights:
-    """The final weights of the run in ``folder``; raises :class:`CheckpointError`."""
+def weights_of(folder: Path) -> Path:
+    """The file of a finished run's weights; raises :class:`CheckpointError` where there is none."""
     if not folder.is_dir():
         raise CheckpointError(f"no such run: {folder}")
     if not (folder / WEIGHTS).exists():
@@ -112,14 +112,19 @@ def load_weights(folder: Path) -> Weights:
         raise CheckpointError(
             f"{folder} is no training run: it has neither {WEIGHTS} nor {CHECKPOINT}"
         )
-    document = load(folder / WEIGHTS)
+    return folder / WEIGHTS
+
+
+def load_weights(folder: Path) -> Weights:
+    """The final weights of the run in ``folder``; raises :class:`CheckpointError`."""
+    path = weights_of(folder)
+    document = load(path)
     try:
         if document.pop("format") != _FORMAT:
-            raise CheckpointError(f"{folder / WEIGHTS} is of another version of tinyserve")
+            raise CheckpointError(f"{path} is of another version of tinyserve")
         if document["arch"] not in ARCHS:
             raise CheckpointError(
-                f"{folder / WEIGHTS}: unknown architecture {document['arch']!r} "
-                f"(known: {', '.join(ARCHS)})"
+                f"{path}: unknown architecture {document['arch']!r} (known: {', '.join(ARCHS)})"
             )
         document["labels"] = tuple(Label(**label) for label in document["labels"])
         document["training"] = Training.from_fields(document["training"])
@@ -129,9 +134,7 @@ def load_weights(folder: Path) -> Weights:
         }
         return Weights(**document)
     except (KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(
-            f"{folder / WEIGHTS} is not the weights of a run ({error})"
-        ) from error
+        raise CheckpointError(f"{path} is not the weights of a run ({error})") from error
 
 
 def save(path: Path, document: dict[str, Any]) -> None:

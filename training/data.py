@@ -237,7 +237,7 @@ def _val_files(folder: Path, index: dict[str, int]) -> list[tuple[str, int]]:
         named = [
             (path, entry.name)
             for entry in sorted(folder.iterdir())
-            if entry.is_dir()
+            if entry.is_dir() and not entry.name.startswith(".")
             for path in walk_images(entry)
         ]
     unknown = sorted({label for _, label in named} - index.keys())
@@ -272,6 +272,10 @@ def _decode_split(
             bad_path.write_text(json.dumps(bad))
             # The array's own name appears last: where it exists, both files are complete.
             os.replace(partial, array_path)
+        except OSError as error:
+            raise DataError(
+                f"cannot keep the decoded images in {folder}: {error.strerror or error}"
+            ) from error
         finally:
             partial.unlink(missing_ok=True)  # gone, or interrupted
     pixels: NDArray[np.uint8] = np.load(array_path, mmap_mode="c")  # torch wants it writable
@@ -299,6 +303,10 @@ def _decode_into(target: Path, paths: list[str], size: int, *, desc: str) -> dic
     array = np.lib.format.open_memmap(
         target, mode="w+", dtype=np.uint8, shape=(len(paths), size, size, 3)
     )
+    if hasattr(os, "posix_fallocate"):
+        # Of a full disk a mapped file says nothing until the process is killed.
+        with target.open("r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, target.stat().st_size)
     bad = {}
 
     def decode(position: int) -> str | None:

@@ -109,7 +109,8 @@ def export(
     if unknown := set(precisions) - BOUNDS.keys():
         raise UsageError(f"unknown precision {sorted(unknown)[0]!r} (known: {', '.join(BOUNDS)})")
     weights = pretrained.load(run)
-    dataset = data.load(data_root or _data_of(run), image_size=weights.image_size, skip_bad=True)
+    root, holdout = _data_of(run, data_root)
+    dataset = data.load(root, image_size=weights.image_size, skip_bad=True, holdout=holdout)
     if dataset.fingerprint != weights.training.dataset_fingerprint:
         print(f"note: {dataset.root} is not the data that the run was trained on", file=sys.stderr)
     served = weights.served(VIEWS[views])
@@ -153,11 +154,12 @@ def _converted(
         copy = onnx.ModelProto()
         copy.CopyFrom(graph)
         return quantize.to_fp16(copy), None
-    train = dataset.train.images
-    chosen = train[_spread(len(train), quantize.CALIBRATION_IMAGES + quantize.CHOICE_IMAGES)]
-    calibration = chosen[:: max(1, len(chosen) // quantize.CALIBRATION_IMAGES)]
-    choice = np.delete(chosen, np.s_[:: max(1, len(chosen) // quantize.CALIBRATION_IMAGES)], axis=0)
-    result = quantize.to_int8(graph, calibration, choice if len(choice) else calibration)
+    trained_on = np.setdiff1d(np.arange(len(dataset.train)), dataset.held_out)
+    order = np.random.default_rng(0).permutation(trained_on)
+    count = min(quantize.CALIBRATION_IMAGES, len(order) // 2)
+    calibration = dataset.train.images[np.sort(order[:count])]
+    choice = dataset.train.images[np.sort(order[count : count + quantize.CHOICE_IMAGES])]
+    result = quantize.to_int8(graph, calibration, choice)
     return result.model, (
         f"int8: {result.method} ranges, {100 * result.agreement:.1f} % the same top-1 as fp32 on "
         f"{len(choice):,} training images"
@@ -349,13 +351,19 @@ def _run(engine: Engine, images: NDArray[np.uint8], batch: int, what: str) -> ND
     return np.concatenate([engine.run(part) for part in parts])
 
 
-def _data_of(run: Path) -> Path:
-    """The folder that a run was trained on, as its config.json remembers it."""
+def _data_of(run: Path, named: Path | None) -> tuple[Path, int]:
+    """The folder that was named, or else that a run was trained on, and how many images of it the
+    run held out, as its config.json remembers them."""
     if run.is_file():
-        raise UsageError(f"{run} does not say where its data is: name it with --data")
+        if named is None:
+            raise UsageError(f"{run} does not say where its data is: name it with --data")
+        return named, 0
     try:
-        return Path(json.loads((run / "config.json").read_text())["data"])
+        document = json.loads((run / "config.json").read_text())
+        return named or Path(document["data"]), document.get("config", {}).get("holdout", 0)
     except (OSError, ValueError, KeyError) as error:
+        if named is not None:
+            return named, 0
         raise CheckpointError(
             f"{run / 'config.json'} does not say what the run was trained on; name it with --data"
         ) from error

@@ -318,6 +318,10 @@ def _configure(arguments: argparse.Namespace) -> tuple[Config, torch.device]:
         raise UsageError("--seed must be from 0 to 2^64 - 1")
     if arguments.holdout < 0:
         raise UsageError("--holdout must be at least 0")
+    if recipe.crop > arguments.image_size:
+        raise UsageError(f"crops of {recipe.crop} px do not fit images of {arguments.image_size}")
+    if arguments.time_limit is not None and not arguments.time_limit >= 0:
+        raise UsageError("--time-limit must be at least 0")
     if not SMALLEST_IMAGE <= arguments.image_size <= LARGEST_IMAGE:
         raise UsageError(f"--image-size must be from {SMALLEST_IMAGE} to {LARGEST_IMAGE}")
     device = hardware.device(arguments.device)

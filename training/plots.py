@@ -44,6 +44,4 @@ def draw_curves(path: Path, title: str, history: Sequence[dict[str, Any]], recip
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
     figure.suptitle(title)
-    partial = path.with_suffix(".partial.png")
-    figure.savefig(partial, dpi=120)
-    partial.replace(path)
+    figure.savefig(path, dpi=120, format="png")

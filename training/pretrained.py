@@ -80,7 +80,7 @@ def _whole_mean(mean: Tensor, image_size: int) -> Tensor:
 
 def identify(path: Path) -> str:
     """Name and SHA-256 of the file that :func:`load` reads."""
-    file = path / checkpoint.WEIGHTS if path.is_dir() else path
+    file = checkpoint.weights_of(path) if path.is_dir() else path
     try:
         with file.open("rb") as stream:
             return f"{path.name} {hashlib.file_digest(stream, 'sha256').hexdigest()}"

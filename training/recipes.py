@@ -10,7 +10,8 @@ import json
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from tinyserve.errors import UsageError
 
@@ -78,6 +79,9 @@ class Recipe:
             self.sizes, key=lambda size: size[0]
         ):
             raise UsageError("training sizes must start at progress 0 and be in order of progress")
+        for name in ("warmup", "momentum", "label_smoothing", "ema"):
+            if not 0 <= (getattr(self, name) or 0) < 1:
+                raise UsageError(f"{name.replace('_', ' ')} must be at least 0 and below 1")
         if not (self.cutmix >= 0 and self.mixup >= 0 and self.cutmix + self.mixup <= 1):
             raise UsageError("the shares of CutMix and MixUp must be from 0 to 1, together, too")
 
@@ -95,19 +99,20 @@ class Recipe:
     def changed(self, assignments: Iterable[str]) -> "Recipe":
         """This recipe with some fields set, each as ``field=value`` with the value in JSON."""
         known = {field.name: field for field in dataclasses.fields(self) if field.name != "name"}
+        hints = get_type_hints(Recipe)
         changes: dict[str, Any] = {}
         for assignment in assignments:
             name, _, text = assignment.partition("=")
             if name not in known:
                 raise UsageError(f"a recipe has no field {name!r} (known: {', '.join(known)})")
             try:
-                changes[name] = _as_tuples(json.loads(text))
+                value = _as_tuples(json.loads(text))
             except ValueError as error:
                 raise UsageError(f"{assignment}: the value is not JSON") from error
-        try:
-            return dataclasses.replace(self, **changes)
-        except (TypeError, IndexError) as error:
-            raise UsageError(f"a recipe cannot have {', '.join(assignments)} ({error})") from error
+            if not _fits(value, hints[name]):
+                raise UsageError(f"{assignment}: {name} cannot have that value")
+            changes[name] = value
+        return dataclasses.replace(self, **changes)
 
     def at(self, image_size: int) -> "Recipe":
         """This recipe, made for stored images of 64 px, for images of another size.
@@ -134,6 +139,26 @@ class Recipe:
         """The size of the images that the network is trained on at a step."""
         progress = step / (self.epochs * steps_per_epoch)
         return [size for start, size in self.sizes if start <= progress][-1]
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value is of the type that a field was declared with."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return value in arguments
+    if origin in (Union, UnionType):
+        return any(_fits(value, argument) for argument in arguments)
+    if origin is tuple:
+        if not isinstance(value, tuple):
+            return False
+        if arguments[-1] is Ellipsis:
+            return len(value) > 0 and all(_fits(item, arguments[0]) for item in value)
+        return len(value) == len(arguments) and all(map(_fits, value, arguments))
+    if isinstance(value, bool):  # which is an int, too
+        return hint is bool
+    if hint is float:
+        return isinstance(value, int | float) and math.isfinite(value)
+    return isinstance(value, hint)
 
 
 def learning_rate(

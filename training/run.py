@@ -6,18 +6,22 @@ import io
 import json
 import platform
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from tinyserve.errors import UsageError
+from tinyserve.errors import CheckpointError, UsageError
 from training import checkpoint, hardware
 from training.data import Dataset
 from training.distributed import ALONE, Workers
 from training.plots import draw_curves
 from training.recipes import Recipe
+
+CONFIG = "config.json"
 
 Row = dict[str, Any]
 """One epoch, a row of history.csv."""
@@ -70,7 +74,8 @@ class Run:
             "dataset": {"name": dataset.name, "fingerprint": dataset.fingerprint},
         }
         path = folder / checkpoint.CHECKPOINT
-        self.saved = checkpoint.load(path) if resume else None
+        killed_early = (folder / CONFIG).exists() and not path.exists()
+        self.saved = checkpoint.load(path) if resume and not killed_early else None
         if self.saved is not None:
             self._check_identity(self.saved)
             return
@@ -83,7 +88,7 @@ class Run:
         except OSError as error:
             raise UsageError(f"cannot make the folder {folder}: {error.strerror}") from error
         self.write_json(
-            "config.json",
+            CONFIG,
             {
                 **self._identity,
                 "data": str(dataset.root.resolve()),
@@ -108,26 +113,35 @@ class Run:
         writer = csv.DictWriter(buffer, fieldnames=list(history[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(history)
-        _replace(self.folder / "history.csv", buffer.getvalue())
-        draw_curves(self.folder / "curves.png", title, history, recipe)
+        with _replacing(self.folder / "history.csv") as partial:
+            partial.write_text(buffer.getvalue(), encoding="utf-8")
+        with _replacing(self.folder / "curves.png") as partial:
+            draw_curves(partial, title, history, recipe)
 
     def write_json(self, name: str, document: Any) -> None:
         """Replace a JSON file, in one step."""
         if self._writes:
-            _replace(self.folder / name, json.dumps(document, indent=2) + "\n")
+            with _replacing(self.folder / name) as partial:
+                partial.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
 
     def _check_identity(self, saved: dict[str, Any]) -> None:
         for part, now in self._identity.items():
-            before = saved.get(part, {})
-            differing = [
-                f"{name} was {before.get(name)!r}, is {now[name]!r}"
-                for name in now
-                if before.get(name) != now[name]
-            ]
+            differing = _differences(saved.get(part, {}), now)
             if differing:
                 raise UsageError(
                     f"cannot resume {self.folder} with another {part}: {'; '.join(differing)}"
                 )
+
+
+def _differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
+    found = []
+    for name in before.keys() | now.keys():
+        old, new = before.get(name), now.get(name)
+        if isinstance(old, dict) and isinstance(new, dict):
+            found += _differences(old, new, f"{prefix}{name}.")
+        elif old != new:
+            found.append(f"{prefix}{name} was {old!r}, is {new!r}")
+    return sorted(found)
 
 
 def commit() -> str | None:
@@ -142,10 +156,17 @@ def commit() -> str | None:
     return run.stdout.strip()
 
 
-def _replace(path: Path, text: str) -> None:
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """Another path to write to, which takes the place of ``path`` at the end."""
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    try:
+        yield partial
+        partial.replace(path)
+    except OSError as error:
+        with suppress(OSError):
+            partial.unlink()
+        raise CheckpointError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 def _environment() -> dict[str, Any]:

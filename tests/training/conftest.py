@@ -1,5 +1,6 @@
 """Small trees of real JPEG files, and one real run, for the tests of the training package."""
 
+import csv
 import json
 import os
 import subprocess
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 
 from tinyserve.modelfile import Label, Training
 from training import checkpoint
@@ -21,6 +23,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 COLOURS = {"amber": (200, 140, 30), "jade": (40, 160, 90), "violet": (120, 60, 180)}
 """Three classes that a network learns in a few steps."""
+
+TIMES = {"images_per_second", "seconds"}
+"""What differs between two runs that are the same."""
 
 # One thread, so that sums are in the same order in every process of a test.
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
@@ -69,6 +74,16 @@ def make_picture() -> Callable[..., Path]:
 def folders(tmp_path: Path) -> Path:
     """Two training pictures and one validation picture of each class, free to be changed."""
     return write_class_folders(tmp_path / "photos", train=2, val=1)
+
+
+@pytest.fixture
+def bare(tmp_path: Path) -> Path:
+    """Five pictures in each of three class folders, in no folder train/, free to be changed."""
+    root = tmp_path / "bare"
+    for number, (name, colour) in enumerate(COLOURS.items()):
+        for i in range(5):
+            write_picture(root / name / f"{i}.jpg", colour, 1000 * number + i)
+    return root
 
 
 @pytest.fixture
@@ -140,6 +155,32 @@ def start_module() -> Callable[..., subprocess.Popen[str]]:
     return start
 
 
+_ON_A_FULL_DISK = """
+import os, resource, sys
+largest, *arguments = sys.argv[1:]
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(largest), int(largest)))
+os.execv(sys.executable, [sys.executable, "-m", *arguments])
+"""
+
+
+@pytest.fixture(scope="session")
+def run_on_a_full_disk() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """As ``run_module``, where no file can grow beyond so many bytes."""
+
+    def run(largest: int, module: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-c", _ON_A_FULL_DISK, str(largest), module, *map(str, arguments)],
+            cwd=ROOT,
+            # Python would leave its own files cut short.
+            env={**ENVIRONMENT, "PYTHONDONTWRITEBYTECODE": "1"},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+
+    return run
+
+
 @pytest.fixture(scope="session")
 def fit_arguments(photos: Path) -> list[str]:
     """Four short epochs of a network with dropout, on random crops of growing size."""
@@ -203,3 +244,55 @@ def small_run(small_weights: checkpoint.Weights, photos: Path, tmp_path: Path) -
     checkpoint.save_weights(folder, small_weights)
     (folder / "config.json").write_text(json.dumps({"data": str(photos)}))
     return folder
+
+
+# What is looked at after a run
+
+
+@pytest.fixture(scope="session")
+def history() -> Callable[[Path], list[dict[str, str]]]:
+    """The rows of a run's ``history.csv``."""
+
+    def read(folder: Path) -> list[dict[str, str]]:
+        with (folder / "history.csv").open(newline="") as file:
+            return list(csv.DictReader(file))
+
+    return read
+
+
+@pytest.fixture(scope="session")
+def untimed_history(
+    history: Callable[[Path], list[dict[str, str]]],
+) -> Callable[[Path], list[dict[str, str]]]:
+    """The same without the columns that no two runs have in common."""
+
+    def read(folder: Path) -> list[dict[str, str]]:
+        return [{k: v for k, v in row.items() if k not in TIMES} for row in history(folder)]
+
+    return read
+
+
+@pytest.fixture(scope="session")
+def assert_identical() -> Callable[[dict[str, Tensor], dict[str, Tensor]], None]:
+    """That two state dicts are the same to the bit."""
+
+    def check(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+        assert found.keys() == expected.keys()
+        differing = [name for name in expected if not torch.equal(found[name], expected[name])]
+        assert differing == []
+
+    return check
+
+
+@pytest.fixture
+def check_one_line(capsys: pytest.CaptureFixture[str]) -> Callable[[str], None]:
+    """That training.fit said one line on stderr, notes aside, with some words in it."""
+
+    def check(words: str) -> None:
+        said = capsys.readouterr().err.splitlines()
+        said = [line for line in said if not line.startswith("note: ")]
+        assert len(said) == 1, said
+        assert said[0].startswith("training.fit: ")
+        assert words in said[0]
+
+    return check

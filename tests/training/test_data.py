@@ -1,4 +1,5 @@
 import contextlib
+import dataclasses
 import hashlib
 import http.server
 import io
@@ -17,12 +18,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from tinyserve import images
 from tinyserve.errors import DataError
 from tinyserve.modelfile import Label
 from training import data
+from training.recipes import RECIPES
+from training.run import Config
+from training.trainer import Trainer
 
 CACHE = ".tinyserve-cache"
 
@@ -95,9 +100,188 @@ def test_a_greyscale_jpeg_has_three_equal_channels(folders):
 
 
 def test_another_size_is_stored_beside_the_first(folders):
-    assert data.load(folders, image_size=64).train.images.shape == (6, 64, 64, 3)
-    assert data.load(folders, image_size=32).train.images.shape == (6, 32, 32, 3)
-    assert data.load(folders, image_size=64).train.images.shape == (6, 64, 64, 3)
+    for size in (64, 32, 96, 64):
+        dataset = data.load(folders, image_size=size)
+        assert dataset.train.images.shape == (6, size, size, 3)
+        assert dataset.val.images.shape == (3, size, size, 3)
+        first = images.load(folders / "train" / "amber" / "0.jpg", size=size)
+        assert np.array_equal(dataset.train.images[0], first)
+    assert len(list((folders / CACHE).glob("*.npy"))) == 6
+
+
+def test_bare_class_folders_are_a_data_set_too(bare, capsys):
+    dataset = data.load(bare)
+    assert dataset.name == "bare"
+    assert dataset.classes == tuple(Label(None, name) for name in ("amber", "jade", "violet"))
+    assert dataset.train.labels.tolist() == [0] * 5 + [1] * 5 + [2] * 5
+    assert np.array_equal(dataset.train.images[6], images.load(bare / "jade" / "1.jpg", size=64))
+    assert len(dataset.val) == 2
+    assert capsys.readouterr().err.splitlines() == [
+        f"note: {bare} has no val/: 2 of 15 training images are held out for validation"
+    ]
+
+
+def test_the_cache_in_a_tree_of_bare_class_folders_is_no_class(bare):
+    first = data.load(bare)
+    assert (bare / CACHE).is_dir()
+    again = data.load(bare)
+    assert again.classes == first.classes
+    assert again.fingerprint == first.fingerprint
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_hidden_folders_are_no_classes(folders, make_picture, split):
+    before = data.load(folders)
+    make_picture(folders / split / ".thumbnails" / "0.jpg", (1, 2, 3), 1)
+    after = data.load(folders)
+    assert after.classes == before.classes
+    assert (len(after.train), len(after.val)) == (6, 3)
+    assert after.fingerprint == before.fingerprint
+
+
+def test_hidden_folders_in_a_tree_of_bare_class_folders_are_no_classes(bare, make_picture):
+    make_picture(bare / ".thumbnails" / "0.jpg", (1, 2, 3), 1)
+    assert len(data.load(bare).classes) == 3
+
+
+def test_a_class_without_training_images_is_named(folders, capsys):
+    (folders / "train" / "white").mkdir()
+    dataset = data.load(folders)
+    assert [label.name for label in dataset.classes] == ["amber", "jade", "violet", "white"]
+    assert 3 not in dataset.train.labels
+    assert capsys.readouterr().err == "note: class folders without training images: white\n"
+
+
+def test_of_many_classes_without_training_images_a_few_are_named(folders, capsys):
+    for i in range(7):
+        (folders / "train" / f"white{i}").mkdir()
+    data.load(folders)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith(": white0, white1, white2, white3, white4, ...")
+
+
+def test_validation_pictures_that_are_trained_on_are_counted(folders, capsys):
+    data.load(folders)
+    assert capsys.readouterr().err == ""
+    for i, name in enumerate(("amber", "jade")):
+        copy = folders / "val" / name / "copy.jpg"
+        shutil.copy(folders / "train" / name / f"{i}.jpg", copy)
+    data.load(folders)
+    assert capsys.readouterr().err.splitlines() == [
+        "note: 2 of 5 validation images are training images, too"
+    ]
+
+
+# What is held out
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7, 12, 26])
+def test_so_many_as_asked_for_are_held_out_evenly(photos, count, capsys):
+    dataset = data.load(photos, holdout=count)
+    assert len(dataset.val) == len(dataset.held_out) == len(set(dataset.held_out)) == count
+    shares = np.bincount(dataset.val.labels, minlength=3)
+    assert shares.max() - shares.min() <= 1
+    assert len(dataset.train) == 27
+    assert capsys.readouterr().err == (
+        f"note: {count} of 27 training images are held out for validation\n"
+    )
+
+
+def test_large_classes_give_more_than_small_ones(bare, make_picture):
+    for i in range(5, 20):
+        make_picture(bare / "violet" / f"{i}.jpg", (120, 60, 180), i)
+    dataset = data.load(bare, holdout=6)  # of 5, 5 and 20
+    assert np.bincount(dataset.val.labels).tolist() == [1, 1, 4]
+
+
+def test_what_is_held_out_is_what_is_validated_on(photos):
+    whole = data.load(photos)
+    assert len(whole.held_out) == 0
+    dataset = data.load(photos, holdout=7)
+    assert np.array_equal(dataset.train.images, whole.train.images)
+    assert np.array_equal(dataset.val.images, dataset.train.images[dataset.held_out])
+    assert np.array_equal(dataset.val.labels, dataset.train.labels[dataset.held_out])
+
+
+def test_the_same_are_held_out_every_time(photos, tmp_path):
+    copy = shutil.copytree(photos, tmp_path / "photos", ignore=shutil.ignore_patterns(".*"))
+    first = data.load(photos, holdout=9)
+    # Whatever is drawn beside it, and at another size too.
+    np.random.default_rng(5).random(3)
+    for other in (
+        data.load(photos, holdout=9),
+        data.load(copy, holdout=9),
+        data.load(photos, holdout=9, image_size=32),
+    ):
+        assert np.array_equal(other.held_out, first.held_out)
+
+
+def test_what_is_held_out_is_drawn_from_all_of_a_class(photos):
+    dataset = data.load(photos, holdout=9)  # three of each nine
+    places = dataset.held_out % 9
+    assert places.tolist() != [0, 1, 2] * 3
+    assert places.tolist() != [6, 7, 8] * 3
+
+
+@pytest.mark.parametrize("limit", [None, 8, 1000])
+def test_what_is_held_out_is_never_trained_on(photos, limit):
+    dataset = data.load(photos, holdout=7)
+    config = Config(
+        arch="inception",
+        recipe=dataclasses.replace(RECIPES["cpu"]("inception"), batch_size=4),
+        seed=0,
+        precision="fp32",
+        image_size=64,
+        limit_train=limit,
+        holdout=7,
+    )
+    subset = Trainer(config, dataset, torch.device("cpu")).subset.tolist()
+    assert len(subset) == len(set(subset)) == min(limit or 20, 20)
+    assert set(subset).isdisjoint(dataset.held_out.tolist())
+    assert set(subset) <= set(range(27))
+
+
+@pytest.mark.parametrize(("pictures", "held_out"), [(1, 1), (3, 1), (4, 2)])
+def test_without_val_a_tenth_is_held_out_rounded_up(
+    folders, make_picture, capsys, pictures, held_out
+):
+    shutil.rmtree(folders / "val")
+    shutil.rmtree(folders / "train")
+    for name in ("amber", "jade", "violet"):
+        for i in range(pictures):
+            make_picture(folders / "train" / name / f"{i}.jpg", (9, 9, 9), i)
+    dataset = data.load(folders)
+    assert len(dataset.val) == held_out
+    assert capsys.readouterr().err.splitlines() == [
+        f"note: {folders} has no val/: {held_out} of {3 * pictures} training images "
+        "are held out for validation"
+    ]
+
+
+def test_a_split_that_is_there_is_not_looked_at_where_images_are_held_out(folders, make_picture):
+    before = data.load(folders, holdout=2)
+    make_picture(folders / "val" / "white" / "0.jpg", (1, 2, 3), 1)
+    damage(folders / "val" / "jade" / "0.jpg")
+    after = data.load(folders, holdout=2)
+    assert after.fingerprint == before.fingerprint
+    assert np.array_equal(after.held_out, before.held_out)
+
+
+def test_damaged_pictures_are_not_held_out(folders, capsys):
+    damage(folders / "train" / "amber" / "0.jpg")
+    dataset = data.load(folders, holdout=4, skip_bad=True)
+    assert len(dataset.train) == 5
+    assert dataset.val.images.any(axis=(1, 2, 3)).all()
+    assert np.array_equal(dataset.val.images, dataset.train.images[dataset.held_out])
+    assert "4 of 5 training images" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("count", [6, 7, 1000, -1])
+def test_something_must_be_left_to_train_on(folders, count):
+    with pytest.raises(DataError, match="training images out") as caught:
+        data.load(folders, holdout=count)
+    assert "6 training images" in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 def test_copies_have_the_same_fingerprint_and_other_data_another(folders, tmp_path):
@@ -259,10 +443,6 @@ def no_folder(root: Path) -> None:
     shutil.rmtree(root)
 
 
-def no_val(root: Path) -> None:
-    shutil.rmtree(root / "val")
-
-
 def no_train(root: Path) -> None:
     shutil.rmtree(root / "train")
 
@@ -271,6 +451,21 @@ def no_classes(root: Path) -> None:
     shutil.rmtree(root / "train")
     (root / "train").mkdir()
     (root / "train" / "loose.jpg").write_bytes(b"")
+
+
+def nothing_at_all(root: Path) -> None:
+    shutil.rmtree(root / "train")
+    shutil.rmtree(root / "val")
+
+
+def one_class(root: Path) -> None:
+    shutil.rmtree(root / "train" / "jade")
+    shutil.rmtree(root / "train" / "violet")
+
+
+def one_bare_class(root: Path) -> None:
+    nothing_at_all(root)
+    (root / "photos-of-me").mkdir()
 
 
 def no_pictures_in_val(root: Path) -> None:
@@ -291,8 +486,10 @@ def unknown_class(root: Path) -> None:
     ("break_it", "words"),
     [
         (no_folder, "no such folder"),
-        (no_val, "no folder val/"),
-        (no_train, "no folder train/"),
+        (no_train, "a folder val/, but no train/"),
+        (nothing_at_all, "no class folders: wanted train/<class>/"),
+        (one_class, "one class folder, amber/: wanted two or more"),
+        (one_bare_class, "one class folder, photos-of-me/: wanted two or more"),
         (no_classes, "no class folders"),
         (no_pictures_in_val, "no images in .*val"),
         (no_pictures_in_train, "no images in .*train"),

@@ -1,21 +1,19 @@
-import csv
 import dataclasses
+import hashlib
 import json
-import shutil
-import signal
-import threading
-import time
+import math
 from pathlib import Path
-from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 from torch import Tensor
 
+from tinyserve.engine import Engine
 from tinyserve.modelfile import Label
-from training import checkpoint, data, fit
-from training.models import ARCHS, is_auxiliary
+from training import augment, checkpoint, data, export, fit, hardware
+from training.models import ARCHS, count_parameters, is_auxiliary
 from training.recipes import RECIPES
 from training.run import Config
 from training.trainer import Trainer, pixel_statistics
@@ -38,21 +36,6 @@ CPU = torch.device("cpu")
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 
 
-def history(folder: Path) -> list[dict[str, str]]:
-    with (folder / "history.csv").open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def untimed(rows: list[dict[str, str]]) -> list[dict[str, str]]:
-    return [{k: v for k, v in row.items() if k not in TIMES} for row in rows]
-
-
-def assert_identical(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert found.keys() == expected.keys()
-    differing = [name for name in expected if not torch.equal(found[name], expected[name])]
-    assert differing == []
-
-
 # A whole run
 
 
@@ -72,7 +55,7 @@ def test_a_run_leaves_its_files_and_nothing_half_written(finished):
 
 
 @pytest.mark.slow
-def test_history_has_one_row_an_epoch(finished):
+def test_history_has_one_row_an_epoch(finished, history):
     rows = history(finished.folder)
     assert list(rows[0]) == COLUMNS
     assert [row["epoch"] for row in rows] == ["1", "2", "3", "4"]
@@ -89,7 +72,7 @@ def test_history_has_one_row_an_epoch(finished):
 
 
 @pytest.mark.slow
-def test_the_loss_falls_on_classes_that_can_be_learnt(finished):
+def test_the_loss_falls_on_classes_that_can_be_learnt(finished, history):
     rows = history(finished.folder)
     losses = [float(row["train_loss"]) for row in rows]
     assert losses[-1] < 0.6 * losses[0]
@@ -106,9 +89,14 @@ def test_curves_are_a_picture(finished):
 
 
 @pytest.mark.slow
-def test_the_result_is_in_the_file_the_weights_and_the_words(finished):
+def test_the_result_is_in_the_file_the_weights_and_the_words(finished, history):
     result = json.loads((finished.folder / "result.json").read_text())
-    assert result.keys() == {"single centre view", "training_seconds"}
+    assert result.keys() == {
+        "single centre view",
+        "training_seconds",
+        "parameters",
+        "peak_memory_bytes",
+    }
     score = result["single centre view"]
     assert score["images"] == 18
     assert score["top1"] == score["correct_top1"] / 18
@@ -118,10 +106,22 @@ def test_the_result_is_in_the_file_the_weights_and_the_words(finished):
     assert result["training_seconds"] == pytest.approx(
         sum(float(row["seconds"]) for row in history(finished.folder))
     )
-    training = checkpoint.load_weights(finished.folder).training
+    weights = checkpoint.load_weights(finished.folder)
+    assert result["parameters"] == count_parameters(weights.network())
+    # PyTorch alone takes more than 100 MB; more than 8 GB would be no bytes.
+    assert 1e8 < result["peak_memory_bytes"] < 8e9
+    training = weights.training
     assert (training.val_top1, training.val_top5) == (score["top1"], score["top5"])
     assert f"({score['correct_top1']} of 18;" in finished.stdout
     assert len(finished.stdout.splitlines()) == 1
+
+
+@pytest.mark.slow
+def test_a_finished_run_ends_with_what_to_do_next(finished):
+    assert finished.stderr.splitlines()[-2:] == [
+        f"export it with: python -m training.export {finished.folder} -o exported/",
+        "serve it with:  tinyserve classify IMAGES -m exported/inception.onnx",
+    ]
 
 
 @pytest.mark.slow
@@ -148,138 +148,11 @@ def test_the_config_remembers_everything(finished):
     assert config["config"]["arch"] == "inception"
     assert config["config"]["seed"] == 7
     assert config["config"]["recipe"]["epochs"] == 4
+    assert config["config"]["holdout"] == 0
+    assert config["config"]["init"] is None
+    assert config["config"]["teachers"] == []
     assert config["environment"]["torch"] == torch.__version__
-
-
-# Stopping and going on
-
-
-@pytest.fixture(scope="module")
-def interrupted(start_module, run_module, fit_arguments, tmp_path_factory) -> SimpleNamespace:
-    """The run of ``finished``, killed after its first epoch, stopped after the second by SIGTERM
-    and after the third by SIGINT, and resumed each time."""
-    folder = tmp_path_factory.mktemp("runs") / "interrupted"
-    arguments = ["training.fit", *fit_arguments, "--out", folder]
-    exits, said, unfinished = {}, {}, {}
-    stops = {1: signal.SIGKILL, 2: signal.SIGTERM, 3: signal.SIGINT}
-    for epoch, number in stops.items():
-        process = start_module(*arguments, *(["--resume"] if epoch > 1 else []))
-        watchdog = threading.Timer(200, process.kill)
-        watchdog.start()
-        try:
-            lines = []
-            for line in process.stderr:
-                lines.append(line)
-                if line.startswith(f"epoch {epoch}:"):
-                    time.sleep(0.05)  # into the next epoch, somewhere
-                    process.send_signal(number)
-                    break
-            lines += process.stderr.readlines()
-            exits[number] = process.wait()
-        finally:
-            watchdog.cancel()
-            process.kill()
-            process.wait()
-            process.stderr.close()
-        said[number] = lines
-        unfinished[number] = not (folder / "weights.pt").exists()
-    last = run_module(*arguments, "--resume")
-    assert last.returncode == 0, last.stderr
-    return SimpleNamespace(
-        folder=folder, exits=exits, said=said, unfinished=unfinished, last=last.stderr
-    )
-
-
-@pytest.mark.slow
-def test_signals_have_their_exit_codes(interrupted):
-    assert interrupted.exits == {signal.SIGKILL: -9, signal.SIGTERM: 143, signal.SIGINT: 130}
-    assert all(interrupted.unfinished.values())
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_stopped_run_says_so_in_one_line(interrupted, number):
-    lines = interrupted.said[number]
-    assert [line for line in lines if line.startswith("training.fit:")] == lines[-1:]
-    assert "--resume" in lines[-1]
-    assert str(interrupted.folder) in lines[-1]
-    assert "Traceback" not in "".join(lines)
-
-
-@pytest.mark.slow
-def test_every_resumed_run_goes_on_and_does_not_start_over(interrupted):
-    starts = [interrupted.said[signal.SIGTERM], interrupted.said[signal.SIGINT]]
-    starts.append(interrupted.last.splitlines(keepends=True))
-    for epochs_done, lines in enumerate(starts, start=1):
-        assert lines[0].startswith("resumed at step ")
-        assert 6 * epochs_done <= int(lines[0].split()[3]) < 24
-    # Nothing can be saved at SIGKILL: that run goes on from the end of its last epoch.
-    assert starts[0][0] == "resumed at step 6 of 24\n"
-
-
-@pytest.mark.slow
-def test_a_resumed_run_ends_with_the_same_weights_to_the_bit(interrupted, finished):
-    found = checkpoint.load_weights(interrupted.folder)
-    expected = checkpoint.load_weights(finished.folder)
-    assert_identical(found.state, expected.state)
-    assert torch.equal(found.mean, expected.mean)
-    assert found.training == expected.training
-
-
-@pytest.mark.slow
-def test_a_resumed_run_has_the_same_history_and_result(interrupted, finished):
-    assert untimed(history(interrupted.folder)) == untimed(history(finished.folder))
-    results = [
-        json.loads((run.folder / "result.json").read_text()) for run in (interrupted, finished)
-    ]
-    assert results[0]["single centre view"] == results[1]["single centre view"]
-
-
-@pytest.mark.slow
-def test_resuming_a_finished_run_changes_nothing(finished, fit_arguments, tmp_path):
-    folder = tmp_path / "again"
-    shutil.copytree(finished.folder, folder)
-    (folder / "weights.pt").unlink()
-    assert fit.main([*fit_arguments, "--out", str(folder), "--resume"]) == 0
-    assert_identical(
-        checkpoint.load_weights(folder).state, checkpoint.load_weights(finished.folder).state
-    )
-    assert history(folder) == history(finished.folder)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        (["--seed", "8"], "seed was 7, is 8"),
-        (["--recipe", "modern"], "recipe was"),
-        (["--lr", "0.01"], "recipe was"),
-        (["--arch", "resnet20"], "arch was 'inception', is 'resnet20'"),
-        (["--limit-train", "20"], "limit_train was None, is 20"),
-        (["--precision", "bf16"], "precision was 'fp32', is 'bf16'"),
-    ],
-)
-def test_a_run_goes_on_only_as_it_began(finished, fit_arguments, capsys, change, words):
-    before = (finished.folder / "checkpoint.pt").read_bytes()
-    code = fit.main([*fit_arguments, "--out", str(finished.folder), "--resume", *change])
-    assert code == 2
-    check_one_line(capsys, words)
-    assert (finished.folder / "checkpoint.pt").read_bytes() == before
-
-
-@pytest.mark.slow
-def test_a_run_goes_on_only_with_its_data(finished, fit_arguments, folders, capsys):
-    arguments = [*fit_arguments, "--out", str(finished.folder), "--resume", "--data", str(folders)]
-    assert fit.main(arguments) == 2
-    check_one_line(capsys, "fingerprint was")
-
-
-@pytest.mark.slow
-def test_a_run_is_not_started_over_by_accident(finished, fit_arguments, capsys):
-    before = {path: path.stat().st_mtime_ns for path in finished.folder.iterdir()}
-    assert fit.main([*fit_arguments, "--out", str(finished.folder)]) == 2
-    check_one_line(capsys, "--resume goes on with it")
-    assert {path: path.stat().st_mtime_ns for path in finished.folder.iterdir()} == before
+    assert config["environment"]["processes"] == 1
 
 
 # The trainer
@@ -298,10 +171,11 @@ def make_trainer(photos):
     """A trainer with weight averaging, dropout, auxiliary heads and random resized crops."""
     dataset = data.load(photos)
 
-    def make(seed: int = 1, limit_train: int | None = 12) -> Trainer:
+    def make(seed: int = 1, limit_train: int | None = 12, **changes: object) -> Trainer:
         recipe = dataclasses.replace(
             RECIPES["modern"]("inception"), epochs=3, batch_size=4, sizes=((0.0, 24),), ema=0.9
         )
+        recipe = dataclasses.replace(recipe, **changes)
         config = Config(
             arch="inception",
             recipe=recipe,
@@ -315,7 +189,7 @@ def make_trainer(photos):
     return make
 
 
-def test_a_seed_gives_the_same_weights_and_another_seed_others(make_trainer):
+def test_a_seed_gives_the_same_weights_and_another_seed_others(make_trainer, assert_identical):
     first = state_after(make_trainer(seed=1), 2)
     torch.manual_seed(99)  # what other code drew before does not matter
     assert_identical(state_after(make_trainer(seed=1), 2), first)
@@ -330,7 +204,7 @@ def test_seeds_differ_in_more_than_the_first_weights(make_trainer):
 
 
 @pytest.mark.parametrize("stop", [1, 4])
-def test_stopping_within_an_epoch_changes_no_bit(make_trainer, tmp_path, stop):
+def test_stopping_within_an_epoch_changes_no_bit(make_trainer, tmp_path, stop, assert_identical):
     whole = make_trainer()
     assert whole.steps_per_epoch == 3
     first = make_trainer()
@@ -353,6 +227,67 @@ def test_stopping_within_an_epoch_changes_no_bit(make_trainer, tmp_path, stop):
     rows = [whole.finish_epoch(), second.finish_epoch()]
     assert all(row.pop(name) > 0 for row in rows for name in TIMES)
     assert rows[0] == rows[1]
+
+
+def batches(trainer: Trainer) -> list[Tensor]:
+    """What the network is shown at every step of a run."""
+    shown: list[Tensor] = []
+    hook = trainer.model.register_forward_pre_hook(lambda _, x: shown.append(x[0].clone()))
+    for _ in range(trainer.steps):
+        trainer.train_step()
+    hook.remove()
+    return shown
+
+
+@pytest.mark.parametrize("mix", ["cutmix", "mixup"])
+def test_the_last_batches_are_not_mixed(make_trainer, mix):
+    mixed = batches(make_trainer(**{mix: 1.0}, mix_until=0.5))
+    plain = batches(make_trainer())
+    assert len(mixed) == len(plain) == 9
+    # The same pictures, cropped the same way, in either run.
+    same = [torch.equal(a, b) for a, b in zip(mixed, plain, strict=True)]
+    assert same == [False] * 5 + [True] * 4  # the fifth step begins before half of nine is done
+
+
+def test_cutmix_shows_every_picture_with_a_part_of_another(make_trainer):
+    mixed, plain = (next(iter(batches(make_trainer(**mix)))) for mix in ({"cutmix": 1.0}, {}))
+    own = (mixed == plain).all(dim=1)  # [N, S, S]
+    others = (mixed == plain.roll(1, dims=0)).all(dim=1)
+    assert (own | others).all()
+    assert own.any() and others.any()
+
+
+def test_as_many_batches_are_mixed_as_asked_for(make_trainer):
+    trainer = make_trainer(cutmix=0.5, mixup=0.2, mix_until=0.9)
+    torch.manual_seed(0)
+    drawn = [trainer._choose_mix() for _ in range(1000)]
+    assert drawn.count(trainer.mixes["cutmix"]) == pytest.approx(500, abs=60)
+    assert drawn.count(trainer.mixes["mixup"]) == pytest.approx(200, abs=60)
+    assert drawn.count(None) == pytest.approx(300, abs=60)
+
+
+@pytest.mark.parametrize("mix", [{"cutmix": 1.0}, {"mixup": 1.0}, {"cutmix": 0.5, "mixup": 0.5}])
+def test_mixed_batches_train_the_same_way_for_the_same_seed(make_trainer, assert_identical, mix):
+    trainer = make_trainer(seed=3, **mix)
+    before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    losses = [trainer.train_step().item() for _ in range(2)]
+    assert all(math.isfinite(loss) and loss > 0 for loss in losses)
+    first = trainer.model.state_dict()
+    assert not torch.equal(first["stem.0.weight"], before["stem.0.weight"])
+    again = make_trainer(seed=3, **mix)
+    torch.manual_seed(99)
+    assert [again.train_step().item() for _ in range(2)] == losses
+    assert_identical(again.model.state_dict(), first)
+    assert make_trainer(seed=4, **mix).train_step().item() != losses[0]
+
+
+def test_a_run_with_mixed_batches_goes_on_to_the_same_weights(make_trainer, assert_identical):
+    mix = {"cutmix": 0.5, "mixup": 0.5}
+    whole, first, second = (make_trainer(**mix) for _ in range(3))
+    expected = state_after(whole, 5)
+    state_after(first, 2)
+    second.load_state_dict(first.state_dict())
+    assert_identical(state_after(second, 5), expected)
 
 
 def test_averaged_weights_are_those_that_are_evaluated(make_trainer):
@@ -399,6 +334,47 @@ def test_flat_pictures_can_be_normalised():
     assert std.tolist() == [1, 1, 1]
 
 
+# Weights to start from
+
+
+@pytest.mark.slow
+def test_a_run_from_weights_begins_with_what_they_know(finished, make_trainer):
+    weights = checkpoint.load_weights(finished.folder)
+    dataset = data.load(finished.data)
+    config = make_trainer().config
+    trainer = Trainer(config, dataset, CPU, initial=weights)
+    assert torch.equal(trainer.mean, weights.mean)
+    assert torch.equal(trainer.std, weights.std)
+    size = weights.network_size
+    pixels = augment.normalise(trainer.val[0], weights.mean, weights.std)
+    boxes = augment.placed_crops(len(pixels), 64, 64, weights.crop, CPU)
+    images = augment.extract(pixels, boxes, size)
+    with torch.inference_mode():
+        expected = weights.network()(images).softmax(dim=1)
+        found = trainer.evaluated.eval()(images).softmax(dim=1)
+    assert torch.allclose(found, expected, atol=1e-4)
+    assert expected.std(dim=0).max() > 0.05
+
+
+@pytest.mark.slow
+def test_a_run_from_weights_is_ahead_of_one_from_scratch_and_says_so(
+    finished, photos, tmp_path, history
+):
+    folder = tmp_path / "run"
+    arguments = f"--arch inception --recipe cpu --epochs 1 -b 4 --lr 0.01 --init {finished.folder}"
+    assert fit_here(folder, photos, arguments) == 0
+    scratch, ahead = history(finished.folder)[0], history(folder)[0]
+    assert float(ahead["train_loss"]) < 0.8 * float(scratch["train_loss"])
+    assert float(ahead["train_top1"]) > float(scratch["train_top1"])
+    before = checkpoint.load_weights(finished.folder).training
+    training = checkpoint.load_weights(folder).training
+    assert training.initial == before
+    assert before.initial is None
+    digest = hashlib.sha256((finished.folder / "weights.pt").read_bytes()).hexdigest()
+    config = json.loads((folder / "config.json").read_text())
+    assert config["config"]["init"] == f"{finished.folder.name} {digest}"
+
+
 # Short runs in this process
 
 
@@ -408,13 +384,13 @@ def fit_here(out: Path, photos: Path, arguments: str) -> int:
 
 
 @pytest.mark.slow
-def test_the_paper_recipe_learns_and_is_tried_on_ten_crops(photos, tmp_path, capsys):
+def test_the_paper_recipe_learns_and_is_tried_on_ten_crops(photos, tmp_path, capsys, history):
     arguments = "--arch baseline --recipe paper --epochs 3 --batch-size 6"
     assert fit_here(tmp_path / "run", photos, arguments) == 0
     losses = [float(row["train_loss"]) for row in history(tmp_path / "run")]
     assert losses[-1] < 0.7 * losses[0]
     result = json.loads((tmp_path / "run" / "result.json").read_text())
-    assert result.keys() == {"single centre view", "ten crops", "training_seconds"}
+    assert result.keys() >= {"single centre view", "ten crops", "training_seconds"}
     assert result["ten crops"]["images"] == 18
     assert capsys.readouterr().out.count("top-1") == 2
     weights = checkpoint.load_weights(tmp_path / "run")
@@ -425,7 +401,7 @@ def test_the_paper_recipe_learns_and_is_tried_on_ten_crops(photos, tmp_path, cap
 
 
 @pytest.mark.slow
-def test_limit_train_trains_on_so_many(photos, tmp_path):
+def test_limit_train_trains_on_so_many(photos, tmp_path, history):
     arguments = "--arch inception --recipe cpu --epochs 1 -b 4 --limit-train 9"
     assert fit_here(tmp_path / "run", photos, arguments) == 0
     assert checkpoint.load_weights(tmp_path / "run").training.train_images == 9
@@ -433,12 +409,89 @@ def test_limit_train_trains_on_so_many(photos, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_batch_larger_than_the_data_is_all_of_it(photos, tmp_path):
+def test_a_batch_larger_than_the_data_is_all_of_it(photos, tmp_path, history):
     arguments = "--arch inception --recipe cpu --epochs 1 -b 500 --limit-train 6"
     assert fit_here(tmp_path / "run", photos, arguments) == 0
     assert history(tmp_path / "run")[0]["step"] == "1"
 
 
+@pytest.mark.slow
+def test_any_field_of_the_recipe_can_be_set(photos, tmp_path, capsys):
+    arguments = (
+        "--arch inception --recipe cpu --time-limit 0 --epochs 3 "
+        "--set label_smoothing=0 --set sizes=[[0,24],[0.5,48]] --set crop_area=null --set epochs=9"
+    )
+    assert fit_here(tmp_path / "run", photos, arguments) == 0
+    recipe = json.loads((tmp_path / "run" / "config.json").read_text())["config"]["recipe"]
+    assert recipe["label_smoothing"] == 0
+    assert recipe["sizes"] == [[0, 24], [0.5, 48]]
+    assert recipe["crop_area"] is None
+    assert recipe["epochs"] == 3  # an option of its own has the last word
+    assert recipe["auxiliary_weight"] == 0.3
+    assert ": 3 epochs of " in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_network_for_larger_images_is_trained_and_exported(photos, tmp_path, capsys):
+    run, exported = tmp_path / "run", tmp_path / "exported"
+    arguments = "--arch inception --recipe cpu --epochs 1 -b 9 --limit-train 18 --image-size 96"
+    assert fit_here(run, photos, arguments) == 0
+    weights = checkpoint.load_weights(run)
+    assert (weights.image_size, weights.crop, weights.network_size) == (96, 96, 48)
+    assert export.main([str(run), "-o", str(exported)]) == 0
+    assert "not the data that the run was trained on" not in capsys.readouterr().err
+    engine = Engine(exported / "inception.onnx", device="cpu")
+    assert (engine.card.image_size, engine.card.crop, engine.card.network_size) == (96, 96, 48)
+    pictures = data.load(photos, image_size=96).val.images
+    assert pictures.shape == (18, 96, 96, 3)
+    with torch.inference_mode():
+        expected = weights.served()(torch.from_numpy(pictures)).numpy()
+    assert np.allclose(engine.run(pictures), expected, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_bare_class_folders_are_enough_to_train(bare, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert fit_here(run, bare, "--arch inception --recipe cpu --epochs 1 -b 4") == 0
+    said = capsys.readouterr().err.splitlines()
+    assert said[0].endswith("has no val/: 2 of 15 training images are held out for validation")
+    assert said[-2:] == [
+        f"export it with: python -m training.export {run} -o exported/",
+        "serve it with:  tinyserve classify IMAGES -m exported/inception.onnx",
+    ]
+    training = checkpoint.load_weights(run).training
+    assert training.dataset == "bare, 2 held out of train"
+    assert (training.train_images, training.val_images) == (13, 2)
+
+
+@pytest.mark.slow
+def test_a_run_that_holds_images_out_says_so(photos, tmp_path, capsys):
+    run = tmp_path / "run"
+    arguments = "--arch inception --recipe cpu --epochs 1 -b 4 --holdout 5"
+    assert fit_here(run, photos, arguments) == 0
+    training = checkpoint.load_weights(run).training
+    assert training.dataset == "photos, 5 held out of train"
+    assert (training.train_images, training.val_images) == (22, 5)
+    assert training.dataset_fingerprint == data.load(photos, holdout=5).fingerprint
+    result = json.loads((run / "result.json").read_text())
+    assert result["single centre view"]["images"] == 5
+    assert json.loads((run / "config.json").read_text())["config"]["holdout"] == 5
+    captured = capsys.readouterr()
+    assert "5 of 27 training images are held out for validation" in captured.err
+    assert "of 5; 95 %" in captured.out
+
+
+@pytest.mark.slow
+def test_a_run_that_holds_images_out_is_exported_with_its_own_data(photos, tmp_path, capsys):
+    run = tmp_path / "run"
+    arguments = "--arch baseline --recipe cpu --epochs 1 -b 4 --limit-train 4"
+    assert fit_here(run, photos, f"{arguments} --image-size 24 --holdout 5") == 0
+    capsys.readouterr()
+    assert export.main([str(run), "-o", str(tmp_path / "exported")]) == 0
+    assert "not the data that the run was trained on" not in capsys.readouterr().err
+
+
+@pytest.mark.slow
 def test_shipped_weights_have_no_auxiliary_heads_and_round_to_half(finished):
     state = checkpoint.load_weights(finished.folder).state
     assert not any(is_auxiliary(name) for name in state)
@@ -446,13 +499,6 @@ def test_shipped_weights_have_no_auxiliary_heads_and_round_to_half(finished):
 
 
 # Refusals
-
-
-def check_one_line(capsys: pytest.CaptureFixture[str], words: str) -> None:
-    said = capsys.readouterr().err.splitlines()
-    assert len(said) == 1
-    assert said[0].startswith("training.fit: ")
-    assert words in said[0]
 
 
 @pytest.mark.slow
@@ -476,57 +522,106 @@ def test_an_unknown_architecture_is_refused_with_those_known(run_module, tmp_pat
         ("--lr nan", "learning rate"),
         ("--limit-train 0", "--limit-train"),
         ("--seed 18446744073709551616", "seed"),
+        ("--holdout -1", "--holdout"),
+        ("--image-size 23", "--image-size must be from 24"),
+        ("--image-size 0", "--image-size"),
+        ("--image-size 100000", "--image-size"),
+        ("--set speed=3", "no field 'speed'"),
+        ("--set epochs=0", "epochs"),
+        ("--set lr=fast", "not JSON"),
+        ("--set cutmix=2", "CutMix"),
     ],
 )
-def test_arguments_that_cannot_be_used_are_refused(photos, tmp_path, capsys, arguments, words):
+def test_arguments_that_cannot_be_used_are_refused(
+    photos, tmp_path, arguments, words, check_one_line
+):
     common = ["--arch", "inception", "--device", "cpu", "--data", str(photos)]
     code = fit.main([*common, "--out", str(tmp_path / "run"), *arguments.split()])
     assert code == 2
-    check_one_line(capsys, words)
+    check_one_line(words)
     assert not (tmp_path / "run").exists()
 
 
 @without_gpu
-def test_a_gpu_that_is_not_there_is_refused(photos, tmp_path, capsys):
+def test_a_gpu_that_is_not_there_is_refused(photos, tmp_path, check_one_line):
     arguments = ["--arch", "inception", "--data", str(photos), "--out", str(tmp_path / "run")]
     assert fit.main([*arguments, "--device", "cuda"]) == 5
-    check_one_line(capsys, "no usable CUDA device")
+    check_one_line("no usable CUDA device")
 
 
 @without_gpu
 def test_precision_is_chosen_by_what_the_machine_has():
-    assert fit._precision("auto", CPU) in ("fp32", "bf16")
-    assert fit._precision("bf16", CPU) == "bf16"
+    assert hardware.precision("auto", CPU) in ("fp32", "bf16")
+    assert hardware.precision("bf16", CPU) == "bf16"
 
 
-def test_data_that_is_not_there_is_one_line(tmp_path, capsys):
+def test_data_that_is_not_there_is_one_line(tmp_path, check_one_line):
     assert fit_here(tmp_path / "run", tmp_path / "nothing", "--arch inception") == 1
-    check_one_line(capsys, "no such folder")
+    check_one_line("no such folder")
 
 
-def test_resuming_what_was_never_begun_is_one_line(photos, tmp_path, capsys):
-    assert fit_here(tmp_path / "run", photos, "--arch inception --resume") == 1
-    check_one_line(capsys, "no checkpoint")
+def spoilt(folder: Path, how: str) -> Path:
+    """What is no trained network."""
+    path = folder / "weights-of-mine"
+    if how == "a text":
+        path.write_text("no model")
+    elif how == "an empty file":
+        path.touch()
+    elif how != "nothing":
+        path.mkdir()
+        if how == "a damaged run":
+            (path / "weights.pt").write_text("no weights")
+    return path
+
+
+@pytest.mark.parametrize("option", ["--init", "--teacher"])
+@pytest.mark.parametrize(
+    "how", ["nothing", "a text", "an empty file", "a folder that is no run", "a damaged run"]
+)
+def test_weights_that_cannot_be_read_are_one_line(photos, tmp_path, check_one_line, option, how):
+    path = spoilt(tmp_path, how)
+    arguments = f"--arch inception --recipe cpu {option} {path}"
+    assert fit_here(tmp_path / "run", photos, arguments) == 1
+    check_one_line(str(path))
     assert not (tmp_path / "run").exists()
 
 
-def test_a_damaged_checkpoint_is_one_line(photos, tmp_path, capsys):
+@pytest.mark.slow
+@pytest.mark.parametrize("option", ["--init", "--teacher"])
+def test_a_run_that_has_not_finished_is_named_so(photos, tmp_path, capsys, check_one_line, option):
+    unfinished = tmp_path / "unfinished"
+    assert fit_here(unfinished, photos, "--arch inception --recipe cpu --time-limit 0") == 0
+    capsys.readouterr()
+    arguments = f"--arch inception --recipe cpu {option} {unfinished}"
+    assert fit_here(tmp_path / "run", photos, arguments) == 1
+    check_one_line("has not finished")
+
+
+def test_resuming_what_was_never_begun_is_one_line(photos, tmp_path, check_one_line):
+    assert fit_here(tmp_path / "run", photos, "--arch inception --resume") == 1
+    check_one_line("no checkpoint")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_damaged_checkpoint_is_one_line(photos, tmp_path, check_one_line):
     (tmp_path / "checkpoint.pt").write_text("no checkpoint")
     assert fit_here(tmp_path, photos, "--arch inception --resume") == 1
-    check_one_line(capsys, "damaged")
+    check_one_line("damaged")
 
 
-def test_an_output_folder_that_is_a_file_is_one_line(photos, tmp_path, capsys):
+def test_an_output_folder_that_is_a_file_is_one_line(photos, tmp_path, check_one_line):
     (tmp_path / "run").write_text("a file")
     assert fit_here(tmp_path / "run", photos, "--arch inception") == 2
-    check_one_line(capsys, str(tmp_path / "run"))
+    check_one_line(str(tmp_path / "run"))
     assert (tmp_path / "run").read_text() == "a file"
 
 
-def test_a_batch_of_one_is_refused_where_batch_norm_cannot_have_it(photos, tmp_path, capsys):
+def test_a_batch_of_one_is_refused_where_batch_norm_cannot_have_it(
+    photos, tmp_path, check_one_line
+):
     arguments = "--arch baseline --recipe cpu --epochs 1 --limit-train 1"
     assert fit_here(tmp_path / "run", photos, arguments) == 2
-    check_one_line(capsys, "batch")
+    check_one_line("batch")
 
 
 def test_a_run_that_diverges_stops_with_advice(photos, tmp_path, capsys):

@@ -7,12 +7,15 @@ from torch import nn
 from training.checkpoint import final_state
 from training.models import ARCHS, count_parameters, is_auxiliary
 
-PAPER_PARAMETERS = {
+PARAMETERS = {
     "baseline": 13_051_528,
     "alexnet": 15_303_176,
     "inception": 1_053_911,
     "resnet20": 11_279_112,
+    "plain20": 11_105_288,
 }
+"""Without batch norm where the paper has none, at 200 classes."""
+
 every_arch = pytest.mark.parametrize("arch", ARCHS)
 both_layouts = pytest.mark.parametrize("batch_norm", [False, True])
 
@@ -22,12 +25,12 @@ def random_images(count: int, size: int) -> torch.Tensor:
 
 
 def test_every_architecture_is_pinned():
-    assert set(ARCHS) == set(PAPER_PARAMETERS)
+    assert list(ARCHS) == list(PARAMETERS)
 
 
 @every_arch
 def test_the_layout_of_the_paper_has_its_parameters(arch):
-    assert count_parameters(ARCHS[arch](200, batch_norm=False)) == PAPER_PARAMETERS[arch]
+    assert count_parameters(ARCHS[arch](200, batch_norm=False)) == PARAMETERS[arch]
 
 
 def test_auxiliary_heads_are_counted_only_if_asked_for():
@@ -37,7 +40,7 @@ def test_auxiliary_heads_are_counted_only_if_asked_for():
 @every_arch
 def test_batch_norm_hardly_changes_the_size(arch):
     with_norm = count_parameters(ARCHS[arch](200, batch_norm=True))
-    assert with_norm == pytest.approx(PAPER_PARAMETERS[arch], rel=0.05)
+    assert with_norm == pytest.approx(PARAMETERS[arch], rel=0.05)
 
 
 @pytest.mark.parametrize("arch", ["baseline", "alexnet", "inception"])
@@ -120,7 +123,66 @@ def test_resnet20_has_twenty_convolutions():
     assert sum(isinstance(layer, nn.Conv2d) for layer in layers) == 20
 
 
-@pytest.mark.parametrize("arch", ["inception", "resnet20"])
+def norms_of_blocks(network: nn.Module) -> list[torch.Tensor]:
+    """The scale of the last batch norm of every block."""
+    return [value for name, value in network.named_parameters() if name.endswith("norm2.weight")]
+
+
+def test_resnet20_starts_every_block_as_its_shortcut():
+    scales = norms_of_blocks(ARCHS["resnet20"](7))
+    assert len(scales) == 8
+    assert not any(scale.any() for scale in scales)
+
+
+def test_plain20_is_resnet20_without_its_shortcuts():
+    plain, residual = ARCHS["plain20"](7), ARCHS["resnet20"](7)
+    shapes = {name: value.shape for name, value in residual.state_dict().items()}
+    assert {name: value.shape for name, value in plain.state_dict().items()} == {
+        name: shape for name, shape in shapes.items() if "shortcut" not in name
+    }
+    assert not any("shortcut" in name for name, _ in plain.named_modules())
+    assert sum(isinstance(layer, nn.Conv2d) for layer in plain.modules()) == 17
+
+
+def test_no_block_of_plain20_starts_at_zero_where_nothing_goes_around_it():
+    scales = norms_of_blocks(ARCHS["plain20"](7))
+    assert len(scales) == 8
+    assert all((scale == 1).all() for scale in scales)
+
+
+def test_what_plain20_answers_goes_through_every_block():
+    torch.manual_seed(0)
+    network = ARCHS["plain20"](7).eval()
+    images = random_images(2, 24)
+    with torch.inference_mode():
+        before = network(images)
+        for scale in norms_of_blocks(network):
+            kept = scale.clone()
+            scale.zero_()
+            assert network(images).std(dim=0).max() == 0  # it no longer sees the images
+            scale.copy_(kept)
+        assert before.std(dim=0).max() > 0
+        assert torch.equal(network(images), before)
+
+
+def test_plain20_trains_from_its_own_start():
+    torch.manual_seed(0)
+    network = ARCHS["plain20"](4, batch_norm=True).train()
+    images, labels = random_images(8, 24), torch.arange(8) % 4
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.02, momentum=0.9)
+    losses = []
+    for _ in range(8):
+        loss = nn.functional.cross_entropy(network(images), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        stem = network.get_parameter("0.weight")
+        assert stem.grad.abs().sum() > 0
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0]
+
+
+@pytest.mark.parametrize("arch", ["inception", "resnet20", "plain20"])
 @pytest.mark.parametrize("size", [24, 25, 64])
 def test_networks_that_end_in_a_global_pool_take_any_size(arch, size):
     network = ARCHS[arch](7).train()

@@ -6,7 +6,7 @@ import pytest
 
 from tinyserve.errors import UsageError
 from training.models import ARCHS
-from training.recipes import FIXED_CROP, RECIPES, Recipe
+from training.recipes import FIXED_CROP, RECIPES, SMALLEST_IMAGE, Recipe
 
 STEPS = 40
 """Steps of an epoch."""
@@ -86,6 +86,177 @@ def test_the_paper_recipe_is_the_layout_of_the_paper():
         assert recipe.crop_area is None
 
 
+# Other sizes of images
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_is_made_for_images_of_64_pixels(name, arch):
+    recipe = RECIPES[name](arch)
+    assert recipe.at(64) == recipe
+    doubled = recipe.at(128)
+    assert doubled.crop == 2 * recipe.crop
+    assert doubled.sizes == tuple((start, 2 * size) for start, size in recipe.sizes)
+    assert dataclasses.replace(doubled, crop=recipe.crop, sizes=recipe.sizes) == recipe
+
+
+def test_small_images_are_never_made_smaller_than_the_networks_can_take():
+    recipe = dataclasses.replace(
+        RECIPES["modern"]("resnet20"), crop=56, sizes=((0.0, 24), (0.5, 32), (0.9, 64))
+    )
+    small = recipe.at(32)
+    assert small.sizes == ((0.0, 24), (0.5, 24), (0.9, 32))
+    assert small.crop == 32  # 28 to the nearest 8 px
+    assert recipe.at(48).sizes == ((0.0, 24), (0.5, 24), (0.9, 48))
+    assert recipe.at(48).crop == 40
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_for_any_size_fits_into_its_images(name, arch):
+    recipe = RECIPES[name](arch)
+    for image_size in range(SMALLEST_IMAGE, 260):
+        scaled = recipe.at(image_size)
+        sizes = [size for _, size in scaled.sizes]
+        assert all(SMALLEST_IMAGE <= size <= image_size for size in (*sizes, scaled.crop))
+        assert sizes == sorted(sizes)
+        assert [start for start, _ in scaled.sizes] == [start for start, _ in recipe.sizes]
+        if arch in FIXED_CROP:
+            assert scaled.final_size == scaled.crop
+
+
+# Changes
+
+
+def test_any_field_can_be_changed_by_its_value_in_json():
+    recipe = RECIPES["modern"]("resnet20")
+    changed = recipe.changed(
+        [
+            "epochs=3",
+            "lr=1e-2",
+            "nesterov=false",
+            "ema=null",
+            "crop_area=[0.25, 1]",
+            "sizes=[[0, 32], [0.5, 64]]",
+            'schedule="cosine-restarts"',
+        ]
+    )
+    assert changed == dataclasses.replace(
+        recipe,
+        epochs=3,
+        lr=0.01,
+        nesterov=False,
+        ema=None,
+        crop_area=(0.25, 1),
+        sizes=((0, 32), (0.5, 64)),
+        schedule="cosine-restarts",
+    )
+    assert isinstance(changed.crop_area, tuple)
+    assert [type(size) for size in changed.sizes] == [tuple, tuple]
+    hash(changed)
+    assert changed.training_size(0, 10) == 32
+
+
+def test_without_changes_a_recipe_is_what_it_was():
+    recipe = RECIPES["cpu"]("alexnet")
+    assert recipe.changed([]) == recipe
+
+
+def test_of_two_changes_of_one_field_the_last_counts():
+    assert RECIPES["cpu"]("alexnet").changed(["epochs=3", "epochs=5"]).epochs == 5
+
+
+def refused(*assignments: str) -> str:
+    """The words with which a change is refused."""
+    with pytest.raises(UsageError) as caught:
+        RECIPES["modern"]("inception").changed(assignments)
+    words = str(caught.value)
+    assert "\n" not in words
+    return words
+
+
+@pytest.mark.parametrize(
+    "assignment", ["speed=3", "=3", "speed", "name=3", "Epochs=3", "epochs =3"]
+)
+def test_an_unknown_field_is_refused_with_those_known(assignment):
+    words = refused(assignment)
+    assert repr(assignment.partition("=")[0]) in words
+    known = {field.name for field in dataclasses.fields(Recipe)} - {"name"}
+    listed = words.partition("(known: ")[2].removesuffix(")").split(", ")
+    assert set(listed) == known
+
+
+@pytest.mark.parametrize("value", ["", "abc", "'x'", "[1, 2", "1,5", "None", "True", "0.1.2"])
+def test_a_value_that_is_no_json_is_refused(value):
+    words = refused(f"lr={value}")
+    assert words == f"lr={value}: the value is not JSON"
+
+
+@pytest.mark.parametrize(
+    "assignment",
+    [
+        'epochs="ten"',
+        "epochs=2.5",
+        "epochs=null",
+        "batch_size=8.5",
+        'lr="fast"',
+        "lr=[0.1]",
+        'momentum="high"',
+        "weight_decay=null",
+        "clip_norm=null",
+        'schedule="linear"',
+        'batch_norm="no"',
+        "crop=null",
+        "sizes=5",
+        "sizes=[]",
+        "sizes=[0]",
+        "sizes=[[0]]",
+        'sizes=[[0, "large"]]',
+        "crop_area=[0.5]",
+        'ema="yes"',
+        "cutmix=null",
+        'mix_until="late"',
+    ],
+)
+def test_a_value_of_the_wrong_type_is_refused(assignment):
+    assert assignment.partition("=")[0] in refused(assignment)
+
+
+def test_a_change_cannot_make_a_recipe_that_makes_no_sense():
+    assert "epochs" in refused("epochs=0")
+    assert "CutMix and MixUp" in refused("cutmix=0.7", "mixup=0.7")
+
+
+# Auxiliary heads
+
+
+def test_the_auxiliary_heads_keep_their_weight_or_fade_to_nothing():
+    kept = RECIPES["cpu"]("inception")
+    fading = dataclasses.replace(kept, auxiliary_weight=0.4, auxiliary_fades=True)
+    assert not kept.auxiliary_fades
+    shares = (0.0, 0.25, 0.5, 1.0)
+    assert [kept.auxiliary_weight_at(share) for share in shares] == [0.3] * 4
+    assert [fading.auxiliary_weight_at(share) for share in shares] == pytest.approx(
+        [0.4, 0.3, 0.2, 0.0]
+    )
+
+
+def test_the_modern_recipe_lets_the_auxiliary_heads_fade():
+    recipe = RECIPES["modern"]("inception")
+    assert recipe.auxiliary_weight_at(0.0) == 0.3
+    assert recipe.auxiliary_weight_at(1.0) == 0.0
+
+
+# Refusals
+
+
+def test_shares_of_mixed_batches_up_to_all_of_them_are_taken():
+    recipe = RECIPES["modern"]("resnet20")
+    for cutmix, mixup in ((0.0, 0.0), (1.0, 0.0), (0.0, 1.0), (0.5, 0.5)):
+        changed = dataclasses.replace(recipe, cutmix=cutmix, mixup=mixup)
+        assert (changed.cutmix, changed.mixup) == (cutmix, mixup)
+
+
 INVALID = {
     "no epochs": {"epochs": 0},
     "negative epochs": {"epochs": -1},
@@ -95,6 +266,12 @@ INVALID = {
     "learning rate not a number": {"lr": math.nan},
     "no size at the start": {"sizes": ((0.5, 32),)},
     "sizes out of order": {"sizes": ((0.0, 24), (0.9, 48), (0.5, 32))},
+    "a negative share of CutMix": {"cutmix": -0.1},
+    "a negative share of MixUp": {"mixup": -0.1, "cutmix": 0.5},
+    "more CutMix than batches": {"cutmix": 1.1},
+    "more MixUp than batches": {"cutmix": 0.0, "mixup": 1.1},
+    "more of both than batches": {"cutmix": 0.6, "mixup": 0.6},
+    "a share not a number": {"mixup": math.nan},
 }
 
 
