@@ -13,28 +13,22 @@ import argparse
 import json
 import logging
 import os
-import statistics
 import sys
-import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import onnx
-import onnxruntime as ort
 import torch
-from numpy.typing import NDArray
-from tqdm import tqdm
 
-from tinyserve.engine import CPU, Engine, cuda_problem, default_threads, device_name
-from tinyserve.errors import CheckpointError, GateError, TinyserveError, UsageError
+from tinyserve.engine import Engine
+from tinyserve.errors import CheckpointError, TinyserveError, UsageError
 from tinyserve.modelfile import (
     INPUT_NAME,
     OUTPUT_NAME,
-    Evidence,
     Golden,
     ModelCard,
     write_model,
@@ -42,33 +36,10 @@ from tinyserve.modelfile import (
 from training import data, pretrained, quantize
 from training.augment import VIEWS
 from training.evaluate import ServedNetwork
+from training.gate import BOUNDS, Gate, spread
 from training.models import count_parameters
 
-GATE_IMAGES = 1000
-GATE_BATCHES = (1, 3, 64)
 GOLDEN_IMAGES = 8
-SPEED_ROUNDS = 15
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Bounds:
-    """What a file must keep to. Agreement and difference are with PyTorch in single precision, the
-    loss of accuracy with the fp32 file, in fractions of the validation images."""
-
-    agreement: float = 0.0
-    max_difference: float = 1.0
-    accuracy_loss: float = 1.0
-    faster: bool = False
-    """Faster than the fp32 file, on the CPU."""
-    golden_tolerance: float
-    """How far a golden probability may be off on another machine."""
-
-
-BOUNDS = {
-    "fp32": Bounds(agreement=1.0, max_difference=1e-4, golden_tolerance=1e-3),
-    "fp16": Bounds(agreement=0.995, golden_tolerance=2e-2),
-    "int8": Bounds(accuracy_loss=0.005, faster=True, golden_tolerance=5e-2),
-}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -166,7 +137,7 @@ def _converted(
     )
 
 
-def _write_through(gate: "Gate", path: Path, graph: onnx.ModelProto, card: ModelCard) -> None:
+def _write_through(gate: Gate, path: Path, graph: onnx.ModelProto, card: ModelCard) -> None:
     """Make a file appear at ``path`` if it passes the gate; otherwise leave what was there."""
     # The gate runs the very file that will be kept, under a name that nobody looks for.
     candidate = path.with_name(f".{path.name}.candidate")
@@ -176,7 +147,7 @@ def _write_through(gate: "Gate", path: Path, graph: onnx.ModelProto, card: Model
         write_model(candidate, content, card)
         onnx.checker.check_model(candidate, full_check=True)
         evidence = gate.check(candidate, card.precision)
-        images = gate.images[_spread(len(gate.images), GOLDEN_IMAGES)]
+        images = gate.images[spread(len(gate.images), GOLDEN_IMAGES)]
         answers = Engine(candidate, device="cpu").run(images)
         golden = Golden.of(images, answers, tolerance=bounds.golden_tolerance)
         write_model(candidate, content, replace(card, evidence=evidence, golden=golden))
@@ -185,127 +156,6 @@ def _write_through(gate: "Gate", path: Path, graph: onnx.ModelProto, card: Model
     finally:
         with suppress(OSError):
             candidate.unlink()
-
-
-class Gate:
-    """Compares files with the network that they come from, on validation images."""
-
-    images: NDArray[np.uint8]
-    """uint8 ``[n, size, size, 3]``, :data:`GATE_IMAGES` evenly spread over the validation split; a
-    smaller split is filled up from the training split."""
-
-    def __init__(
-        self, served: ServedNetwork, graph: onnx.ModelProto, dataset: data.Dataset
-    ) -> None:
-        self.val = dataset.val
-        chosen = [self.val.images[_spread(len(self.val), GATE_IMAGES)]]
-        missing = GATE_IMAGES - len(chosen[0])
-        if missing > 0:
-            chosen.append(dataset.train.images[_spread(len(dataset.train), missing)])
-        self.images = np.concatenate(chosen)
-        with torch.inference_mode():
-            self._expected = np.concatenate(
-                [
-                    served(torch.from_numpy(part)).numpy()
-                    for part in _split(self.images, max(GATE_BATCHES))
-                ]
-            )
-        self._fp32 = graph.SerializeToString()
-        self._fp32_correct: int | None = None
-
-    def check(self, path: Path, precision: str) -> tuple[Evidence, ...]:
-        """What the file shows on every provider of this machine.
-
-        Raises :class:`GateError` where that breaks a bound of its precision.
-        """
-        bounds = BOUNDS[precision]
-        evidence = []
-        for device in ("cpu",) if cuda_problem() else ("cpu", "cuda"):
-            engine = Engine(path, device=device)
-            entry = self._measure(engine, precision)
-            evidence.append(entry)
-            where = f"{precision} on {device_name(engine.provider)}"
-            if entry.top1_agreement < bounds.agreement:
-                raise GateError(
-                    f"{where}: {100 * entry.top1_agreement:.2f} % have the same top-1 as in "
-                    f"PyTorch, {100 * bounds.agreement:g} % is the least allowed"
-                )
-            if not entry.max_difference <= bounds.max_difference:
-                raise GateError(
-                    f"{where}: a probability differs by {entry.max_difference:.2e} from "
-                    f"PyTorch's, {bounds.max_difference:.0e} is the most allowed"
-                )
-            if precision == "fp32" and engine.provider == CPU:
-                self._fp32_correct = entry.correct_top1
-            loss = (self._fp32_accuracy() - entry.correct_top1) / entry.val_images
-            if loss > bounds.accuracy_loss:
-                raise GateError(
-                    f"{where}: top-1 is {100 * loss:.2f} points below fp32, "
-                    f"{100 * bounds.accuracy_loss:g} are the most allowed"
-                )
-            if bounds.faster and engine.provider == CPU:
-                self._check_speed(engine, where)
-        return tuple(evidence)
-
-    def _measure(self, engine: Engine, precision: str) -> Evidence:
-        agreement, difference = 1.0, 0.0
-        for batch in GATE_BATCHES:
-            found = _run(engine, self.images, batch, f"{precision}, batches of {batch}")
-            agreement = min(agreement, float((found.argmax(1) == self._expected.argmax(1)).mean()))
-            difference = max(difference, float(np.abs(found - self._expected).max()))
-        answers = _run(engine, self.val.images, max(GATE_BATCHES), f"{precision}, accuracy")
-        correct = int((answers.argmax(1) == self.val.labels).sum())
-        print(
-            f"{precision} on {device_name(engine.provider)}: {100 * agreement:g} % the same top-1 "
-            f"as in PyTorch, max |dp| {difference:.2e}, {len(self.images):,} images at batch "
-            f"{', '.join(map(str, GATE_BATCHES))}; top-1 {100 * correct / len(self.val):.2f} % "
-            f"({correct:,} of {len(self.val):,})",
-            file=sys.stderr,
-        )
-        return Evidence(
-            provider=engine.provider,
-            reference=f"PyTorch {torch.__version__}, fp32",
-            images=len(self.images),
-            batch_sizes=GATE_BATCHES,
-            top1_agreement=agreement,
-            max_difference=difference,
-            val_images=len(self.val),
-            correct_top1=correct,
-            onnxruntime=ort.__version__,
-        )
-
-    def _fp32_accuracy(self) -> int:
-        """Right answers of the graph in single precision, on the CPU."""
-        if self._fp32_correct is None:
-            session = self._fp32_session()
-            correct = 0
-            for start in range(0, len(self.val), max(GATE_BATCHES)):
-                part = slice(start, start + max(GATE_BATCHES))
-                (rows,) = session.run([OUTPUT_NAME], {INPUT_NAME: self.val.images[part]})
-                correct += int((np.asarray(rows).argmax(1) == self.val.labels[part]).sum())
-            self._fp32_correct = correct
-        return self._fp32_correct
-
-    def _fp32_session(self) -> ort.InferenceSession:
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = default_threads()
-        return ort.InferenceSession(self._fp32, options, providers=[CPU])
-
-    def _check_speed(self, engine: Engine, where: str) -> None:
-        """Both by turns, so that what else the machine does slows both."""
-        session = self._fp32_session()
-        batch = self.images[:32]
-        ratios = []
-        for _ in range(SPEED_ROUNDS):
-            began = time.perf_counter()
-            session.run([OUTPUT_NAME], {INPUT_NAME: batch})
-            between = time.perf_counter()
-            engine.run(batch)
-            ratios.append((between - began) / (time.perf_counter() - between))
-        ratio = statistics.median(ratios)
-        print(f"{where}: {ratio:.2f} times as fast as fp32, batches of 32", file=sys.stderr)
-        if ratio <= 1:
-            raise GateError(f"{where}: {ratio:.2f} times as fast as fp32, which is not faster")
 
 
 def to_onnx(served: ServedNetwork, image_size: int) -> onnx.ModelProto:
@@ -334,21 +184,6 @@ def to_onnx(served: ServedNetwork, image_size: int) -> onnx.ModelProto:
     model.graph.ClearField("metadata_props")
     model.ClearField("metadata_props")
     return model
-
-
-def _spread(count: int, wanted: int) -> NDArray[np.int64]:
-    return np.linspace(0, count - 1, min(count, wanted)).round().astype(np.int64)
-
-
-def _split(images: NDArray[np.uint8], batch: int) -> Iterator[NDArray[np.uint8]]:
-    for start in range(0, len(images), batch):
-        yield images[start : start + batch]
-
-
-def _run(engine: Engine, images: NDArray[np.uint8], batch: int, what: str) -> NDArray[np.float32]:
-    """Probabilities of all images, ``[n, classes]``."""
-    parts = tqdm(list(_split(images, batch)), desc=what, disable=None, leave=False)
-    return np.concatenate([engine.run(part) for part in parts])
 
 
 def _data_of(run: Path, named: Path | None) -> tuple[Path, int]:

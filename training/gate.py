@@ -1,0 +1,182 @@
+"""The gate: what a model file must show before it is kept."""
+
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import torch
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from tinyserve.engine import CPU, Engine, cuda_problem, default_threads, device_name
+from tinyserve.errors import GateError
+from tinyserve.modelfile import INPUT_NAME, OUTPUT_NAME, Evidence
+from training import data
+from training.evaluate import ServedNetwork
+
+GATE_IMAGES = 1000
+GATE_BATCHES = (1, 3, 64)
+SPEED_ROUNDS = 15
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bounds:
+    """What a file must keep to. Agreement and difference are with PyTorch in single precision, the
+    loss of accuracy with the fp32 file, in fractions of the validation images."""
+
+    agreement: float = 0.0
+    max_difference: float = 1.0
+    accuracy_loss: float = 1.0
+    faster: bool = False
+    """Faster than the fp32 file, on the CPU."""
+    golden_tolerance: float
+    """How far a golden probability may be off on another machine."""
+
+
+BOUNDS = {
+    "fp32": Bounds(agreement=1.0, max_difference=1e-4, golden_tolerance=1e-3),
+    "fp16": Bounds(agreement=0.995, golden_tolerance=2e-2),
+    "int8": Bounds(accuracy_loss=0.005, faster=True, golden_tolerance=5e-2),
+}
+
+
+class Gate:
+    """Compares files with the network that they come from, on validation images."""
+
+    images: NDArray[np.uint8]
+    """uint8 ``[n, size, size, 3]``, :data:`GATE_IMAGES` evenly spread over the validation split; a
+    smaller split is filled up from the training split."""
+
+    def __init__(
+        self, served: ServedNetwork, graph: onnx.ModelProto, dataset: data.Dataset
+    ) -> None:
+        self.val = dataset.val
+        chosen = [self.val.images[spread(len(self.val), GATE_IMAGES)]]
+        missing = GATE_IMAGES - len(chosen[0])
+        if missing > 0:
+            chosen.append(dataset.train.images[spread(len(dataset.train), missing)])
+        self.images = np.concatenate(chosen)
+        with torch.inference_mode():
+            self._expected = np.concatenate(
+                [
+                    served(torch.from_numpy(part)).numpy()
+                    for part in _split(self.images, max(GATE_BATCHES))
+                ]
+            )
+        self._fp32 = graph.SerializeToString()
+        self._fp32_correct: int | None = None
+
+    def check(self, path: Path, precision: str) -> tuple[Evidence, ...]:
+        """What the file shows on every provider of this machine.
+
+        Raises :class:`GateError` where that breaks a bound of its precision.
+        """
+        bounds = BOUNDS[precision]
+        evidence = []
+        for device in ("cpu",) if cuda_problem() else ("cpu", "cuda"):
+            engine = Engine(path, device=device)
+            entry = self._measure(engine, precision)
+            evidence.append(entry)
+            where = f"{precision} on {device_name(engine.provider)}"
+            if entry.top1_agreement < bounds.agreement:
+                raise GateError(
+                    f"{where}: {100 * entry.top1_agreement:.2f} % have the same top-1 as in "
+                    f"PyTorch, {100 * bounds.agreement:g} % is the least allowed"
+                )
+            if not entry.max_difference <= bounds.max_difference:
+                raise GateError(
+                    f"{where}: a probability differs by {entry.max_difference:.2e} from "
+                    f"PyTorch's, {bounds.max_difference:.0e} is the most allowed"
+                )
+            if precision == "fp32" and engine.provider == CPU:
+                self._fp32_correct = entry.correct_top1
+            loss = (self._fp32_accuracy() - entry.correct_top1) / entry.val_images
+            if loss > bounds.accuracy_loss:
+                raise GateError(
+                    f"{where}: top-1 is {100 * loss:.2f} points below fp32, "
+                    f"{100 * bounds.accuracy_loss:g} are the most allowed"
+                )
+            if bounds.faster and engine.provider == CPU:
+                self._check_speed(engine, where)
+        return tuple(evidence)
+
+    def _measure(self, engine: Engine, precision: str) -> Evidence:
+        agreement, difference = 1.0, 0.0
+        for batch in GATE_BATCHES:
+            found = _run(engine, self.images, batch, f"{precision}, batches of {batch}")
+            agreement = min(agreement, float((found.argmax(1) == self._expected.argmax(1)).mean()))
+            difference = max(difference, float(np.abs(found - self._expected).max()))
+        answers = _run(engine, self.val.images, max(GATE_BATCHES), f"{precision}, accuracy")
+        correct = int((answers.argmax(1) == self.val.labels).sum())
+        print(
+            f"{precision} on {device_name(engine.provider)}: {100 * agreement:g} % the same top-1 "
+            f"as in PyTorch, max |dp| {difference:.2e}, {len(self.images):,} images at batch "
+            f"{', '.join(map(str, GATE_BATCHES))}; top-1 {100 * correct / len(self.val):.2f} % "
+            f"({correct:,} of {len(self.val):,})",
+            file=sys.stderr,
+        )
+        return Evidence(
+            provider=engine.provider,
+            reference=f"PyTorch {torch.__version__}, fp32",
+            images=len(self.images),
+            batch_sizes=GATE_BATCHES,
+            top1_agreement=agreement,
+            max_difference=difference,
+            val_images=len(self.val),
+            correct_top1=correct,
+            onnxruntime=ort.__version__,
+        )
+
+    def _fp32_accuracy(self) -> int:
+        """Right answers of the graph in single precision, on the CPU."""
+        if self._fp32_correct is None:
+            session = self._fp32_session()
+            correct = 0
+            for start in range(0, len(self.val), max(GATE_BATCHES)):
+                part = slice(start, start + max(GATE_BATCHES))
+                (rows,) = session.run([OUTPUT_NAME], {INPUT_NAME: self.val.images[part]})
+                correct += int((np.asarray(rows).argmax(1) == self.val.labels[part]).sum())
+            self._fp32_correct = correct
+        return self._fp32_correct
+
+    def _fp32_session(self) -> ort.InferenceSession:
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = default_threads()
+        return ort.InferenceSession(self._fp32, options, providers=[CPU])
+
+    def _check_speed(self, engine: Engine, where: str) -> None:
+        """Both by turns, so that what else the machine does slows both."""
+        session = self._fp32_session()
+        batch = self.images[:32]
+        ratios = []
+        for _ in range(SPEED_ROUNDS):
+            began = time.perf_counter()
+            session.run([OUTPUT_NAME], {INPUT_NAME: batch})
+            between = time.perf_counter()
+            engine.run(batch)
+            ratios.append((between - began) / (time.perf_counter() - between))
+        ratio = statistics.median(ratios)
+        print(f"{where}: {ratio:.2f} times as fast as fp32, batches of 32", file=sys.stderr)
+        if ratio <= 1:
+            raise GateError(f"{where}: {ratio:.2f} times as fast as fp32, which is not faster")
+
+
+def spread(count: int, wanted: int) -> NDArray[np.int64]:
+    return np.linspace(0, count - 1, min(count, wanted)).round().astype(np.int64)
+
+
+def _split(images: NDArray[np.uint8], batch: int) -> Iterator[NDArray[np.uint8]]:
+    for start in range(0, len(images), batch):
+        yield images[start : start + batch]
+
+
+def _run(engine: Engine, images: NDArray[np.uint8], batch: int, what: str) -> NDArray[np.float32]:
+    """Probabilities of all images, ``[n, classes]``."""
+    parts = tqdm(list(_split(images, batch)), desc=what, disable=None, leave=False)
+    return np.concatenate([engine.run(part) for part in parts])
