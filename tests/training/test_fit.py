@@ -549,12 +549,6 @@ def test_a_gpu_that_is_not_there_is_refused(photos, tmp_path, check_one_line):
     check_one_line("no usable CUDA device")
 
 
-@without_gpu
-def test_precision_is_chosen_by_what_the_machine_has():
-    assert hardware.precision("auto", CPU) in ("fp32", "bf16")
-    assert hardware.precision("bf16", CPU) == "bf16"
-
-
 def test_data_that_is_not_there_is_one_line(tmp_path, check_one_line):
     assert fit_here(tmp_path / "run", tmp_path / "nothing", "--arch inception") == 1
     check_one_line("no such folder")
