@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tinyserve.engine import Engine
 from tinyserve.modelfile import Label
-from training import augment, checkpoint, data, export, fit, hardware
+from training import augment, checkpoint, data, export, fit
 from training.models import ARCHS, count_parameters, is_auxiliary
 from training.recipes import RECIPES
 from training.run import Config
