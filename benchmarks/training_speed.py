@@ -155,6 +155,8 @@ def main() -> None:
     arguments = parser.parse_args()
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu":
+        hardware.keep_freed_memory()
     recipe = RECIPES["modern" if device.type == "cuda" else "cpu"](arguments.arch)
     recipe = dataclasses.replace(
         recipe,

@@ -67,6 +67,8 @@ def main(argv: list[str] | None = None) -> int:
     speaks = os.environ.get("RANK", "0") == "0"
     try:
         config, device = _configure(arguments)
+        if device.type == "cpu":
+            hardware.keep_freed_memory()
         deadline = None if arguments.time_limit is None else started + arguments.time_limit
         with distributed.joined(device) as workers:
             _fit_from_files(arguments, config, device, workers, deadline)

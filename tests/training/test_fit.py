@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tinyserve.engine import Engine
 from tinyserve.modelfile import Label
-from training import augment, checkpoint, data, export, fit, hardware
+from training import augment, checkpoint, data, export, fit
 from training.models import ARCHS, count_parameters, is_auxiliary
 from training.recipes import RECIPES
 from training.run import Config
@@ -547,12 +547,6 @@ def test_a_gpu_that_is_not_there_is_refused(photos, tmp_path, check_one_line):
     arguments = ["--arch", "inception", "--data", str(photos), "--out", str(tmp_path / "run")]
     assert fit.main([*arguments, "--device", "cuda"]) == 5
     check_one_line("no usable CUDA device")
-
-
-@without_gpu
-def test_precision_is_chosen_by_what_the_machine_has():
-    assert hardware.precision("auto", CPU) in ("fp32", "bf16")
-    assert hardware.precision("bf16", CPU) == "bf16"
 
 
 def test_data_that_is_not_there_is_one_line(tmp_path, check_one_line):
