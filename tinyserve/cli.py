@@ -19,6 +19,8 @@ from tqdm import tqdm
 
 from tinyserve import compare as comparison
 from tinyserve import verify as verification
+from tinyserve.adopt import adopt as adopt_model
+from tinyserve.adopt import read_labels
 from tinyserve.classifier import Classifier
 from tinyserve.dataset import find_inputs
 from tinyserve.engine import DEVICES, device_name, read_card
@@ -230,6 +232,26 @@ def compare(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def adopt(arguments: argparse.Namespace) -> int:
+    output = Path(arguments.output)
+    card = adopt_model(
+        Path(arguments.source),
+        output,
+        labels=read_labels(Path(arguments.labels)),
+        mean=arguments.mean,
+        std=arguments.std,
+        size=arguments.size,
+    )
+    print(output)
+    (entry,) = card.evidence
+    print(
+        f"largest difference of a probability from {entry.reference}: {entry.max_difference:.1e}, "
+        f"batches of {', '.join(map(str, entry.batch_sizes))}",
+        file=sys.stderr,
+    )
+    return 0
+
+
 def triton(arguments: argparse.Namespace) -> int:
     models = {_model_name(name): find_model(name) for name in arguments.model.split(",")}
     for folder in write_repository(Path(arguments.output), models):
@@ -327,6 +349,13 @@ def _model_name(model: str) -> str:
     return Path(model).name.removesuffix(".onnx")
 
 
+def _three_numbers(text: str) -> list[float]:
+    numbers = [float(part) for part in text.split(",")]
+    if len(numbers) != 3:
+        raise argparse.ArgumentTypeError("must be three numbers, separated by commas")
+    return numbers
+
+
 def _at_least_one(text: str) -> int:
     number = int(text)
     if number < 1:
@@ -396,6 +425,21 @@ def _parser() -> argparse.ArgumentParser:
     add("-b", "--batch-size", type=_at_least_one, default=32, help="default: %(default)s")
     add("--device", choices=DEVICES, help="default: $TINYSERVE_DEVICE or auto")
     add("--json", action="store_true")
+
+    command = commands.add_parser(
+        "adopt",
+        help="make a model file of any image classifier in ONNX",
+        description="Wrap an ONNX classifier that takes normalised images, float [batch, 3, N, N], "
+        "so that everything here can serve it: preprocessing and softmax go into its graph.",
+    )
+    command.set_defaults(command=adopt)
+    add = command.add_argument
+    add("source", metavar="MODEL.onnx")
+    add("--labels", metavar="FILE", required=True, help="a class a line, in the output's order")
+    add("--mean", type=_three_numbers, required=True, help="R,G,B in units of 0..1")
+    add("--std", type=_three_numbers, required=True, help="R,G,B in units of 0..1")
+    add("--size", type=_at_least_one, required=True, help="side of the images, in pixels")
+    add("-o", "--output", metavar="OUT.onnx", required=True)
 
     command = commands.add_parser("triton", help="write a model repository for NVIDIA Triton")
     command.set_defaults(command=triton)

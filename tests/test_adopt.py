@@ -1,0 +1,178 @@
+"""Classifiers that others exported, under our command line."""
+
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tinyserve import images
+from tinyserve.adopt import made_up_images, read_labels
+from tinyserve.classifier import Classifier
+from tinyserve.cli import main
+from tinyserve.engine import read_card
+from tinyserve.modelfile import Label
+
+torch = pytest.importorskip("torch")
+ort = pytest.importorskip("onnxruntime")
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+FLAGS = ["--mean", "0.485,0.456,0.406", "--std", "0.229,0.224,0.225"]
+
+
+def export(network, path: Path, size: int, *, batch: str | int = "batch") -> Path:
+    """As their own users would, NCHW floats in."""
+    shapes = {0: torch.export.Dim("batch")} if batch == "batch" else None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            network.eval(),
+            (torch.randn(2 if batch == "batch" else batch, 3, size, size),),
+            path,
+            input_names=["images"],  # our own input's name, to be sure that it does no harm
+            output_names=["logits"],
+            dynamic_shapes=(shapes,),
+            dynamo=True,
+            external_data=False,
+            verbose=False,
+        )
+    return path
+
+
+@pytest.fixture(scope="module", params=["torchvision resnet18", "timm mobilenetv3"])
+def theirs(request, tmp_path_factory) -> tuple[Path, int]:
+    """A network of others with random weights, and its number of classes."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("theirs")
+    if request.param.startswith("torchvision"):
+        torchvision = pytest.importorskip("torchvision")
+        return export(torchvision.models.resnet18(num_classes=12), folder / "resnet18.onnx", 64), 12
+    timm = pytest.importorskip("timm")
+    network = timm.create_model("mobilenetv3_small_050", num_classes=7)
+    return export(network, folder / "mobilenet.onnx", 64), 7
+
+
+def write_labels(path: Path, count: int) -> Path:
+    path.write_text("".join(f"n{number:08} thing {number}\n" for number in range(count)))
+    return path
+
+
+def adopt(source: Path, output: Path, labels: Path, *more: str, size: int = 64) -> int:
+    arguments = ["adopt", str(source), "--labels", str(labels), "--size", str(size), *FLAGS]
+    return main([*arguments, "-o", str(output), *more])
+
+
+@pytest.mark.slow
+def test_an_adopted_classifier_answers_as_its_own_users_get_it(theirs, samples, tmp_path, capsys):
+    source, classes = theirs
+    output = tmp_path / "adopted.onnx"
+    assert adopt(source, output, write_labels(tmp_path / "labels.txt", classes)) == 0
+    assert capsys.readouterr().out == f"{output}\n"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adopted.onnx", "labels.txt"]
+
+    picture = next((samples / "goldfish").iterdir())
+    pixels = images.load(picture, size=64) / 255
+    planes = ((pixels - MEAN) / STD).transpose(2, 0, 1)[None].astype(np.float32)
+    (logits,) = ort.InferenceSession(source, providers=["CPUExecutionProvider"]).run(
+        None, {"images": planes}
+    )
+    expected = np.exp(logits[0] - logits[0].max())
+    expected /= expected.sum()
+
+    found = Classifier(str(output), device="cpu").classify(picture, k=classes)
+    assert [prediction.index for prediction in found] == np.argsort(-expected).tolist()
+    assert [p.probability for p in found] == pytest.approx(sorted(expected, reverse=True), abs=1e-5)
+    assert found[0].name == f"thing {found[0].index}"
+    assert found[0].wnid == f"n{found[0].index:08}"
+
+    card = read_card(output)
+    assert (card.architecture, card.precision) == (source.stem, "fp32")
+    assert (card.image_size, len(card.labels), card.golden.count) == (64, classes, 8)
+    assert card.training is None
+    for command in (["verify", str(output)], ["info", str(output)], ["labels", str(output)]):
+        assert main(command) == 0
+    assert main(["classify", str(samples), "-m", str(output), "--device", "cpu"]) == 0
+
+
+class Tiny(torch.nn.Module):
+    """Means of the channels, as logits or as probabilities."""
+
+    def __init__(self, *, softmax: bool) -> None:
+        super().__init__()
+        self.softmax = softmax
+
+    def forward(self, x):
+        x = x.mean(dim=(2, 3))
+        return x.softmax(dim=1) if self.softmax else x
+
+
+@pytest.fixture
+def labels(tmp_path) -> Path:
+    path = tmp_path / "labels.txt"
+    path.write_text("red\ngreen\nblue\n")
+    return path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("softmax", [True, False])
+def test_softmax_is_added_only_where_it_is_missing(labels, tmp_path, softmax):
+    source = export(Tiny(softmax=softmax), tmp_path / "tiny.onnx", 32)
+    output = tmp_path / "out.onnx"
+    assert adopt(source, output, labels, size=32) == 0
+    classifier = Classifier(str(output), device="cpu")
+    pictures = made_up_images(3, 32)
+    means = ((pictures / 255 - MEAN) / STD).mean(axis=(1, 2))
+    expected = np.exp(means) / np.exp(means).sum(axis=1, keepdims=True)
+    assert np.allclose(classifier.engine.run(pictures), expected, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("change", "code", "words"),
+    [
+        ({"labels": "a\nb\n"}, 1, "2 labels"),
+        ({"labels": "a\n\nb\n"}, 2, "line 2 is empty"),
+        ({"labels": None}, 2, "cannot read labels"),
+        ({"size": 48}, 1, "wanted batch x 3 x 48 x 48"),
+        ({"batch": 1}, 1, "dynamic batch"),
+        ({"source": "text"}, 1, "no ONNX model"),
+        ({"source": "missing"}, 1, "no such model file"),
+        ({"output": "missing/folder/out.onnx"}, 2, "cannot write"),
+    ],
+)
+def test_what_cannot_be_adopted_is_one_line(labels, tmp_path, capsys, change, code, words):
+    source = tmp_path / "tiny.onnx"
+    if change.get("source") == "text":
+        source.write_text("no model")
+    elif change.get("source") != "missing":
+        export(Tiny(softmax=False), source, 32, batch=change.get("batch", "batch"))
+    if change.get("labels", "") is None:
+        labels.unlink()
+    elif "labels" in change:
+        labels.write_text(change["labels"])
+    output = tmp_path / change.get("output", "out.onnx")
+    capsys.readouterr()
+    assert adopt(source, output, labels, size=change.get("size", 32)) == code
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("tinyserve: ")
+    assert words in line
+    assert not list(tmp_path.glob("**/*out.onnx*"))
+
+
+def test_labels_are_names_with_or_without_a_wordnet_id(tmp_path):
+    path = tmp_path / "labels.txt"
+    path.write_text("n01443537 goldfish\nn02099601\tgolden retriever\nteddy bear\nnails\n")
+    assert read_labels(path) == [
+        Label("n01443537", "goldfish"),
+        Label("n02099601", "golden retriever"),
+        Label(None, "teddy bear"),
+        Label(None, "nails"),
+    ]
+
+
+def test_made_up_images_are_the_same_everywhere_and_not_flat():
+    pictures = made_up_images(4, 40)
+    assert (pictures.shape, pictures.dtype) == ((4, 40, 40, 3), np.uint8)
+    assert np.array_equal(pictures, made_up_images(4, 40))
+    assert pictures.std(axis=(1, 2)).min() > 10
+    assert np.abs(np.diff(pictures.astype(int), axis=1)).max() < 40

@@ -1,0 +1,71 @@
+import pytest
+
+from tinyserve.cli import main
+from tinyserve.engine import Engine, read_card
+from tinyserve.modelfile import Label, find_model
+from tinyserve.triton import label_line
+
+model_config_pb2 = pytest.importorskip("tritonclient.grpc.model_config_pb2")
+text_format = pytest.importorskip("google.protobuf.text_format")
+
+
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("triton") / "models"
+    assert main(["triton", str(folder), "-m", "inception,resnet20"]) == 0
+    return folder
+
+
+def test_the_repository_has_the_files_that_triton_wants(repository):
+    files = sorted(str(path.relative_to(repository)) for path in repository.rglob("*.*"))
+    assert files == [
+        f"{model}/{name}"
+        for model in ("inception", "resnet20")
+        for name in ("1/model.onnx", "config.pbtxt", "labels.txt")
+    ]
+
+
+@pytest.mark.parametrize("model", ["inception", "resnet20"])
+def test_the_config_parses_as_tritons_own_message(repository, model):
+    config = text_format.Parse(
+        (repository / model / "config.pbtxt").read_text(), model_config_pb2.ModelConfig()
+    )
+    card = read_card(find_model(model))
+    assert config.name == model
+    assert config.backend == "onnxruntime"
+    assert config.max_batch_size == 64
+    (taken,), (given,) = config.input, config.output
+    assert (taken.name, list(taken.dims)) == ("images", [64, 64, 3])
+    assert taken.data_type == model_config_pb2.TYPE_UINT8
+    assert (given.name, list(given.dims)) == ("probabilities", [len(card.labels)])
+    assert given.data_type == model_config_pb2.TYPE_FP32
+    assert given.label_filename == "labels.txt"
+    assert config.HasField("dynamic_batching")
+    assert [group.count for group in config.instance_group] == [1]
+    lines = (repository / model / "labels.txt").read_text().splitlines()
+    assert lines == [label_line(label) for label in card.labels]
+
+
+def test_the_model_in_it_is_the_model(repository):
+    copy = repository / "inception" / "1" / "model.onnx"
+    assert copy.read_bytes() == find_model("inception").read_bytes()
+    Engine(copy, device="cpu")
+
+
+def test_what_is_there_is_not_overwritten(repository, capsys):
+    before = {path: path.stat().st_mtime_ns for path in repository.rglob("*")}
+    assert main(["triton", str(repository), "-m", "resnet20"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "is there already" in line
+    assert {path: path.stat().st_mtime_ns for path in repository.rglob("*")} == before
+
+
+def test_an_unknown_model_writes_nothing(tmp_path, capsys):
+    assert main(["triton", str(tmp_path / "models"), "-m", "inception,vgg"]) == 1
+    assert "vgg" in capsys.readouterr().err
+    assert not (tmp_path / "models").exists()
+
+
+def test_names_are_one_line_each():
+    assert label_line(Label("n01", "gold\nfish")) == "n01 gold fish"
+    assert label_line(Label(None, "cat")) == "cat"

@@ -1,0 +1,293 @@
+"""Other people's classifiers in the form of ours.
+
+A network exported by whatever made it becomes a model file: preprocessing goes into its graph, and
+softmax where it has none. Needs the package ``onnx``, which serving does not.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from tinyserve.engine import CPU, Engine
+from tinyserve.errors import GateError, ModelFileError, UsageError
+from tinyserve.modelfile import (
+    INPUT_NAME,
+    OUTPUT_NAME,
+    Evidence,
+    Golden,
+    Label,
+    ModelCard,
+    write_model,
+)
+
+if TYPE_CHECKING:
+    import onnx
+
+BATCHES = (1, 3, 8)
+MAX_DIFFERENCE = 1e-4
+GOLDEN_TOLERANCE = 1e-2
+
+_PREFIX = "adopted/"
+
+
+def adopt(
+    source: Path,
+    output: Path,
+    *,
+    labels: Sequence[Label],
+    mean: Sequence[float],
+    std: Sequence[float],
+    size: int,
+) -> ModelCard:
+    """Write the classifier in ``source`` as a model file to ``output``; returns its card.
+
+    ``source`` takes one float ``[batch, 3, size, size]``, RGB, normalised with ``mean`` and ``std``
+    in units of 0..1, and gives logits or probabilities ``[batch, len(labels)]``. Raises
+    :class:`~tinyserve.errors.ModelFileError` for anything else, and
+    :class:`~tinyserve.errors.GateError`, leaving no file behind, where the new file does not
+    compute what the old one does.
+    """
+    onnx = _onnx()
+    model = _load(onnx, source)
+    taken, given = _only_input_and_output(model, source)
+    _check_shapes(taken, given, labels, size, source)
+    images = made_up_images(max(BATCHES), size)
+    reference = _reference(model, taken.name, images, mean, std, source)
+    softmax = not _are_probabilities(reference)
+    if softmax:
+        exponentials = np.exp(reference - reference.max(axis=1, keepdims=True))
+        reference = exponentials / exponentials.sum(axis=1, keepdims=True)
+    graph = _wrapped(onnx, model, mean, std, size, len(labels), softmax=softmax)
+    card = ModelCard(
+        architecture=source.stem,
+        precision=_precision(onnx, model),
+        labels=tuple(labels),
+        image_size=size,
+        crop=size,
+        network_size=size,
+        parameters=sum(int(np.prod(tensor.dims)) for tensor in model.graph.initializer),
+        training=None,
+    )
+    candidate = output.with_name(f".{output.name}.candidate")
+    try:
+        write_model(candidate, graph, card)
+        found = Engine(candidate, device="cpu")
+        answers = {batch: found.run(images[:batch]) for batch in BATCHES}
+        difference = max(
+            float(np.abs(rows - reference[:batch]).max()) for batch, rows in answers.items()
+        )
+        agreement = float((answers[max(BATCHES)].argmax(1) == reference.argmax(1)).mean())
+        if not difference <= MAX_DIFFERENCE:
+            raise GateError(f"a probability differs by {difference:.2g} from what {source} gives")
+        evidence = Evidence(
+            provider=found.provider,
+            reference=f"{source.name}, ONNX Runtime, preprocessed outside",
+            images=len(images),
+            batch_sizes=BATCHES,
+            top1_agreement=agreement,
+            max_difference=difference,
+            val_images=0,
+            correct_top1=0,
+            onnxruntime=ort.__version__,
+        )
+        golden = Golden.of(images, answers[max(BATCHES)], tolerance=GOLDEN_TOLERANCE)
+        card = write_model(candidate, graph, replace(card, evidence=(evidence,), golden=golden))
+        candidate.replace(output)
+    except OSError as error:
+        raise UsageError(f"cannot write {output}: {error.strerror}") from error
+    finally:
+        candidate.unlink(missing_ok=True)
+    return card
+
+
+def read_labels(path: Path) -> list[Label]:
+    """Classes from a text file, one a line in the order of the output: a name, or a WordNet id, a
+    space or tab, and a name."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"cannot read labels from {path}: {error}") from error
+    found = []
+    for number, line in enumerate(lines, start=1):
+        first, _, rest = line.strip().replace("\t", " ").partition(" ")
+        if not first:
+            raise UsageError(f"{path}: line {number} is empty")
+        is_wnid = len(first) == 9 and first[0] == "n" and first[1:].isdecimal()
+        found.append(Label(first, rest or first) if is_wnid else Label(None, line.strip()))
+    return found
+
+
+def made_up_images(count: int, size: int) -> NDArray[np.uint8]:
+    """Smooth patches of colour, always the same, uint8 ``[count, size, size, 3]``: something for a
+    classifier to answer to, where nobody gives real images."""
+    coarse = np.random.default_rng(0).uniform(0, 255, (count, 5, 5, 3))
+    place = np.linspace(0, 4, size)
+    low = np.minimum(place.astype(int), 3)
+    weights = np.zeros((size, 5))
+    weights[np.arange(size), low] = 1 - (place - low)
+    weights[np.arange(size), low + 1] = place - low
+    smooth = np.einsum("yi,nijc,xj->nyxc", weights, coarse, weights)
+    images: NDArray[np.uint8] = smooth.round().astype(np.uint8)
+    return images
+
+
+def _onnx() -> Any:
+    try:
+        import onnx
+    except ImportError as error:
+        raise UsageError(
+            "adopting a model needs the package onnx: pip install 'tinyserve[adopt]'"
+        ) from error
+    return onnx
+
+
+def _load(onnx: Any, source: Path) -> "onnx.ModelProto":
+    if not source.is_file():
+        raise ModelFileError(f"no such model file: {source}")
+    try:
+        model: onnx.ModelProto = onnx.load(source)  # external data, too
+        onnx.checker.check_model(model)
+    except Exception as error:  # protobuf and ONNX raise almost anything
+        words = str(error).strip().partition("\n")[0]
+        raise ModelFileError(f"{source} is no ONNX model, or damaged ({words})") from error
+    opset = max((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), default=0)
+    if opset < 13:
+        raise ModelFileError(f"{source} is of opset {opset}: export it again with 13 or later")
+    return model
+
+
+def _only_input_and_output(
+    model: "onnx.ModelProto", source: Path
+) -> "tuple[onnx.ValueInfoProto, onnx.ValueInfoProto]":
+    weights = {tensor.name for tensor in model.graph.initializer}
+    inputs = [value for value in model.graph.input if value.name not in weights]
+    outputs = list(model.graph.output)
+    if len(inputs) != 1 or len(outputs) != 1:
+        raise ModelFileError(
+            f"{source} has {len(inputs)} inputs and {len(outputs)} outputs, wanted one of each"
+        )
+    return inputs[0], outputs[0]
+
+
+def _check_shapes(
+    taken: "onnx.ValueInfoProto",
+    given: "onnx.ValueInfoProto",
+    labels: Sequence[Label],
+    size: int,
+    source: Path,
+) -> None:
+    shape = _shape(taken)
+    wanted = (None, 3, size, size)
+    if len(shape) != 4 or any(
+        have is not None and want is not None and have != want
+        for have, want in zip(shape, wanted, strict=True)
+    ):
+        raise ModelFileError(f"{source} takes {_words(shape)}, wanted batch x 3 x {size} x {size}")
+    if shape[0] is not None:
+        raise ModelFileError(
+            f"{source} takes batches of {shape[0]} alone: export it with a dynamic batch"
+        )
+    kind = taken.type.tensor_type.elem_type
+    if kind != 1:  # TensorProto.FLOAT
+        raise ModelFileError(f"{source} does not take single-precision numbers")
+    classes = _shape(given)
+    if len(classes) != 2 or (classes[1] is not None and classes[1] != len(labels)):
+        raise ModelFileError(
+            f"{source} gives {_words(classes)}, but there are {len(labels):,} labels"
+        )
+
+
+def _shape(value: "onnx.ValueInfoProto") -> list[int | None]:
+    dims = value.type.tensor_type.shape.dim
+    return [dim.dim_value if dim.HasField("dim_value") else None for dim in dims]
+
+
+def _words(shape: Sequence[int | None]) -> str:
+    return " x ".join("?" if size is None else str(size) for size in shape)
+
+
+def _reference(
+    model: "onnx.ModelProto",
+    name: str,
+    images: NDArray[np.uint8],
+    mean: Sequence[float],
+    std: Sequence[float],
+    source: Path,
+) -> NDArray[np.float32]:
+    """What the model gives, with the preprocessing that its own users do."""
+    pixels = (images / 255.0 - np.array(mean)) / np.array(std)
+    planes = np.ascontiguousarray(pixels.transpose(0, 3, 1, 2), dtype=np.float32)
+    try:
+        session = ort.InferenceSession(model.SerializeToString(), providers=[CPU])
+        (rows,) = session.run(None, {name: planes})
+    except Exception as error:  # ONNX Runtime's errors share no base class
+        words = str(error).strip().partition("\n")[0]
+        raise ModelFileError(f"{source} does not run: {words}") from error
+    return np.asarray(rows, dtype=np.float32)
+
+
+def _are_probabilities(rows: NDArray[np.float32]) -> bool:
+    return bool((rows >= 0).all() and np.allclose(rows.sum(axis=1), 1, atol=1e-3))
+
+
+def _wrapped(
+    onnx: Any,
+    model: "onnx.ModelProto",
+    mean: Sequence[float],
+    std: Sequence[float],
+    size: int,
+    classes: int,
+    *,
+    softmax: bool,
+) -> bytes:
+    """The graph from uint8 images to probabilities, serialized."""
+    # Whatever its tensors are called, they do not collide with ours.
+    inner = onnx.compose.add_prefix(model, _PREFIX)
+    taken, given = _only_input_and_output(inner, Path())
+    node, floats = onnx.helper.make_node, onnx.TensorProto.FLOAT
+    graph = inner.graph
+    offset, scale = 255 * np.array(mean), 1 / (255 * np.array(std))
+    graph.initializer.extend(
+        onnx.numpy_helper.from_array(values.astype(np.float32), key)
+        for key, values in (("mean", offset), ("scale", scale))
+    )
+    before = [
+        node("Cast", [INPUT_NAME], ["pixels"], to=floats),
+        node("Sub", ["pixels", "mean"], ["centred"]),
+        node("Mul", ["centred", "scale"], ["normalised"]),
+        node("Transpose", ["normalised"], [taken.name], perm=[0, 3, 1, 2]),
+    ]
+    kind = "Softmax" if softmax else "Identity"
+    after = node(kind, [given.name], [OUTPUT_NAME], **({"axis": 1} if softmax else {}))
+    nodes = [*before, *graph.node, after]
+    weights = [value for value in graph.input if value.name != taken.name]
+    for field in ("node", "input", "output"):
+        graph.ClearField(field)
+    graph.node.extend(nodes)
+    value = onnx.helper.make_tensor_value_info
+    shape = ["batch", size, size, 3]
+    graph.input.extend([value(INPUT_NAME, onnx.TensorProto.UINT8, shape), *weights])
+    graph.output.append(value(OUTPUT_NAME, floats, ["batch", classes]))
+    inner.ClearField("metadata_props")
+    onnx.checker.check_model(inner, full_check=True)
+    content: bytes = inner.SerializeToString()
+    return content
+
+
+def _precision(onnx: Any, model: "onnx.ModelProto") -> str:
+    """Of most of the weights."""
+    sizes: dict[int, int] = {}
+    for tensor in model.graph.initializer:
+        sizes[tensor.data_type] = sizes.get(tensor.data_type, 0) + int(np.prod(tensor.dims))
+    kind = max(sizes, key=lambda key: sizes[key], default=onnx.TensorProto.FLOAT)
+    names = {
+        onnx.TensorProto.FLOAT16: "fp16",
+        onnx.TensorProto.INT8: "int8",
+        onnx.TensorProto.UINT8: "int8",
+    }
+    return names.get(kind, "fp32")
