@@ -146,12 +146,12 @@ def _onnx() -> Any:
     return onnx
 
 
-def _load(onnx: Any, source: Path) -> "onnx.ModelProto":
+def _load(package: Any, source: Path) -> "onnx.ModelProto":
     if not source.is_file():
         raise ModelFileError(f"no such model file: {source}")
     try:
-        model: onnx.ModelProto = onnx.load(source)  # external data, too
-        onnx.checker.check_model(model)
+        model: onnx.ModelProto = package.load(source)  # external data, too
+        package.checker.check_model(model)
     except Exception as error:  # protobuf and ONNX raise almost anything
         words = str(error).strip().partition("\n")[0]
         raise ModelFileError(f"{source} is no ONNX model, or damaged ({words})") from error
