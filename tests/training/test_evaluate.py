@@ -35,6 +35,31 @@ def test_what_is_served_is_seen_as_in_training(pictures, crop, size, mean):
     assert torch.allclose(probabilities.sum(dim=1), torch.ones(9))
 
 
+@pytest.mark.parametrize("number", [2, 10])
+@pytest.mark.parametrize(("crop", "size"), [(12, 12), (12, 7), (16, 8)])
+def test_views_are_those_of_training_and_their_probabilities_are_averaged(
+    pictures, crop, size, number
+):
+    views = augment.VIEWS[number]
+    served = ServedNetwork(
+        Seen(), MEAN, STD, image_size=16, crop=crop, network_size=size, views=views
+    )
+    expected = torch.zeros(9, 3)
+    moved = any(place[:2] != (0.5, 0.5) for place in views)
+    width = 14 if crop == 16 and moved else crop  # 7/8, to have room for corners
+    normalised = augment.normalise(pictures, MEAN, STD)
+    seen = set()
+    for row, column, flip in views:
+        boxes = augment.placed_crops(
+            9, 16, 16, width, torch.device("cpu"), row=row, column=column, flip=flip
+        )
+        pixels = augment.extract(normalised, boxes, size)
+        seen.add(round(float(pixels[0, 0, 0, 0]), 4))
+        expected += Seen()(pixels).softmax(dim=1) / number
+    assert torch.allclose(served(pictures), expected, atol=1e-5)
+    assert len(seen) == number
+
+
 def test_both_ways_to_measure_accuracy_agree(pictures):
     network = Seen()
     served = ServedNetwork(network, MEAN, STD, image_size=16, crop=12, network_size=8)
