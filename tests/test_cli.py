@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -233,13 +234,44 @@ def test_info_prints_the_card():
     document = json.loads(tinyserve("info", "inception", "--json").stdout)
     assert document["format"] == 1
     assert len(document["labels"]) == 200
-    assert document["parity"]["top1_agreement"] == 1
+    assert document["evidence"][0]["top1_agreement"] == 1
+    assert document["golden"] == {"count": 8, "tolerance": 0.001}
     text = tinyserve("info", "inception").stdout
     assert "uint8 [batch, 64, 64, 3]" in text
     assert f"{document['parameters']:,} parameters" in text
 
 
-@pytest.mark.parametrize("command", [[], ["classify"], ["models"], ["info"]])
+def test_labels_are_printed_in_the_order_of_the_output():
+    document = json.loads(tinyserve("labels", "inception", "--json").stdout)
+    assert document == json.loads(tinyserve("info", "inception", "--json").stdout)["labels"]
+    lines = tinyserve("labels", "inception").stdout.splitlines()
+    assert lines[0].split() == ["0", "n01443537", "goldfish"]
+    assert len(lines) == 200
+
+
+def test_compare_prints_a_table_or_a_document(samples):
+    command = ("compare", "inception", "baseline", "--data", str(samples), "--device", "cpu")
+    run = tinyserve(*command)
+    assert run.returncode == 0
+    assert "A: inception" in run.stdout and "B: baseline" in run.stdout
+    document = json.loads(tinyserve(*command, "--json").stdout)
+    assert document["models"] == ["inception", "baseline"]
+    assert f"{document['a']['correct']} of 40" in run.stdout
+    assert 0 <= document["p_value"] <= 1
+
+
+def test_compare_goes_on_past_a_broken_image_and_says_so(samples, tmp_path):
+    folder = shutil.copytree(samples / "goldfish", tmp_path / "goldfish")
+    (folder / "broken.jpg").touch()
+    run = tinyserve("compare", "inception", "inception", "--data", str(tmp_path), "--device", "cpu")
+    assert run.returncode == 3
+    assert "1 images cannot be read" in run.stderr
+
+
+COMMANDS = ("classify", "models", "info", "labels", "verify", "compare", "adopt", "triton")
+
+
+@pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)])
 def test_help_says_what_the_command_does(command):
     run = tinyserve(*command, "--help")
     assert run.returncode == 0

@@ -1,10 +1,26 @@
 import dataclasses
+import hashlib
 import json
 
+import numpy as np
 import pytest
 
-from tinyserve.errors import ModelFileError
-from tinyserve.modelfile import Label, ModelCard, Parity, Training, find_model, installed_models
+from tinyserve.errors import GateError, ModelFileError
+from tinyserve.modelfile import (
+    METADATA_KEY,
+    Evidence,
+    Golden,
+    Label,
+    ModelCard,
+    Training,
+    check_graph,
+    find_model,
+    installed_models,
+    write_model,
+)
+
+IMAGES = np.arange(2 * 64 * 64 * 3, dtype=np.uint32).astype(np.uint8).reshape(2, 64, 64, 3)
+PROBABILITIES = np.array([[0.25, 0.75], [1.0, 0.0]], dtype=np.float32)
 
 CARD = ModelCard(
     architecture="inception",
@@ -27,18 +43,21 @@ CARD = ModelCard(
         val_top1=0.6,
         val_top5=0.8,
     ),
-    parity=Parity(
-        images=1000,
-        batch_sizes=(1, 2, 32),
-        provider="CPUExecutionProvider",
-        top1_agreement=1.0,
-        max_difference=1e-7,
-        torch="2.15",
-        onnxruntime="1.31",
+    evidence=(
+        Evidence(
+            provider="CPUExecutionProvider",
+            reference="PyTorch 2.15, fp32",
+            images=1000,
+            batch_sizes=(1, 3, 64),
+            top1_agreement=1.0,
+            max_difference=1e-7,
+            val_images=10_000,
+            correct_top1=6000,
+            onnxruntime="1.31",
+        ),
     ),
+    golden=Golden.of(IMAGES, PROBABILITIES, tolerance=1e-3),
 )
-
-
 FINE_TUNED = dataclasses.replace(
     CARD, training=dataclasses.replace(CARD.training, epochs=5, initial=CARD.training)
 )
@@ -46,7 +65,7 @@ FINE_TUNED = dataclasses.replace(
 
 @pytest.mark.parametrize(
     "card",
-    [CARD, FINE_TUNED, dataclasses.replace(CARD, training=None, parity=None)],
+    [CARD, FINE_TUNED, dataclasses.replace(CARD, training=None, evidence=(), golden=None)],
     ids=["full", "fine-tuned", "bare"],
 )
 def test_a_card_survives_its_document(card):
@@ -55,6 +74,49 @@ def test_a_card_survives_its_document(card):
 
 def changed(**fields) -> str:
     return json.dumps({**json.loads(CARD.to_json()), **fields})
+
+
+def test_golden_images_survive_their_document():
+    golden = ModelCard.from_json(CARD.to_json()).golden
+    images, probabilities = golden.arrays(64, 2)
+    assert np.array_equal(images, IMAGES)
+    assert np.array_equal(probabilities, PROBABILITIES)
+    assert probabilities.dtype == np.float32
+    for size, classes in ((32, 2), (64, 3)):
+        with pytest.raises(ValueError):
+            golden.arrays(size, classes)
+
+
+@pytest.mark.parametrize(
+    "fields", [{"crop": 48}, {"precision": "int8"}, {"labels": [{"wnid": None, "name": "x"}]}]
+)
+def test_a_card_that_was_changed_is_found_out(fields):
+    with pytest.raises(GateError, match="changed after it was exported"):
+        ModelCard.from_json(changed(**fields))
+
+
+def test_a_file_is_the_graph_and_then_the_card(tmp_path):
+    onnx = pytest.importorskip("onnx")
+    value = onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [1])
+    node = onnx.helper.make_node("Relu", ["x"], ["y"])
+    out = onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [1])
+    graph = onnx.helper.make_model(
+        onnx.helper.make_graph([node], "g", [value], [out])
+    ).SerializeToString()
+    path = tmp_path / "model.onnx"
+    card = write_model(path, graph, CARD)
+    assert path.read_bytes().startswith(graph)
+    assert card == dataclasses.replace(
+        CARD, graph_bytes=len(graph), graph_sha256=hashlib.sha256(graph).hexdigest()
+    )
+    model = onnx.load(path)
+    (entry,) = model.metadata_props
+    assert entry.key == METADATA_KEY
+    assert ModelCard.from_json(entry.value) == card
+    check_graph(path, card)
+    path.write_bytes(path.read_bytes().replace(b"Relu", b"Tanh"))
+    with pytest.raises(GateError, match="graph was changed"):
+        check_graph(path, card)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from tinyserve.errors import CheckpointError
-from tinyserve.modelfile import Label, ModelCard
+from tinyserve.modelfile import Label, ModelCard, write_model
 from training import checkpoint, export, pretrained
 from training.models import ARCHS, is_auxiliary
 from training.models.baseline import baseline
@@ -53,10 +53,9 @@ def write_file(path: Path, weights: checkpoint.Weights, **changes: object) -> Pa
         network_size=weights.network_size,
         parameters=1,
         training=weights.training,
-        parity=None,
     )
-    graph = export.to_onnx(weights.served(), weights.image_size)
-    export.write_model(path, graph, dataclasses.replace(card, **changes))
+    graph = export.to_onnx(weights.served(), weights.image_size).SerializeToString()
+    write_model(path, graph, dataclasses.replace(card, **changes))
     return path
 
 
