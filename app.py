@@ -19,7 +19,7 @@ from tinyserve import Classifier, Prediction, TinyserveError
 from tinyserve.dataset import walk_images
 from tinyserve.engine import DEVICES, Engine, device_name
 from tinyserve.errors import ImageError, UsageError
-from tinyserve.modelfile import DEFAULT_MODEL, installed_models
+from tinyserve.modelfile import DEFAULT_MODEL, model_names
 
 if TYPE_CHECKING:
     import gradio as gr
@@ -104,7 +104,7 @@ def build_page(model: str, device: str | None) -> "gr.Blocks":
     except ModuleNotFoundError as error:
         raise UsageError(f"{error}; the demo needs: pip install 'tinyserve[demo]'") from error
     _refuse_addresses()
-    models = list(dict.fromkeys([*installed_models(), model]))
+    models = list(dict.fromkeys([*model_names(), model]))
     # Uploads are deleted after an hour.
     page = gr.Blocks(title="tinyserve", analytics_enabled=False, delete_cache=(600, 3600))
     with page:

@@ -16,6 +16,7 @@ from tinyserve.modelfile import (
     check_graph,
     find_model,
     installed_models,
+    model_names,
     write_model,
 )
 
@@ -53,6 +54,7 @@ CARD = ModelCard(
             max_difference=1e-7,
             val_images=10_000,
             correct_top1=6000,
+            correct_top5=8000,
             onnxruntime="1.31",
         ),
     ),
@@ -147,6 +149,34 @@ def test_models_are_found_by_name_and_the_first_folder_wins(tmp_path, monkeypatc
         "b.int8": tmp_path / "two" / "b.int8.onnx",
     }
     assert find_model("b.int8") == tmp_path / "two" / "b.int8.onnx"
+
+
+def test_of_several_precisions_the_first_wanted_is_taken(tmp_path, monkeypatch):
+    for name in ("net", "net.fp16", "net.int8", "half.fp16"):
+        (tmp_path / f"{name}.onnx").touch()
+    monkeypatch.setenv("TINYSERVE_MODELS", str(tmp_path))
+
+    def found(name: str, *precisions: str) -> str:
+        return find_model(name, precisions).name
+
+    assert found("net", "int8", "fp32", "fp16") == "net.int8.onnx"
+    assert found("net", "fp16", "fp32", "int8") == "net.fp16.onnx"
+    assert found("net", "fp32") == "net.onnx"
+    assert found("net.int8", "fp16", "fp32", "int8") == "net.int8.onnx"  # named whole
+    assert found("half", "int8", "fp32", "fp16") == "half.fp16.onnx"
+    assert find_model("net").name == "net.onnx"
+    assert model_names() == ["half", "net"]
+    with pytest.raises(ModelFileError, match=r"unknown model 'half' in int8 \(known: half\.fp16"):
+        find_model("half", ["int8"])
+
+
+def test_the_accuracy_is_the_files_own_where_it_was_measured():
+    assert CARD.accuracy == (0.6, 0.8)
+    worse = dataclasses.replace(CARD.evidence[0], correct_top1=5900)
+    assert dataclasses.replace(CARD, evidence=(worse,)).accuracy == (0.59, 0.8)
+    training = dataclasses.replace(CARD.training, val_top1=0.5)
+    assert dataclasses.replace(CARD, evidence=(), training=training).accuracy == (0.5, 0.8)
+    assert dataclasses.replace(CARD, evidence=(), training=None).accuracy is None
 
 
 def test_an_unknown_name_lists_the_known_ones(tmp_path, monkeypatch):

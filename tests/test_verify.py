@@ -139,6 +139,7 @@ def with_evidence(path: Path, correct: int, images: int = 40) -> None:
         max_difference=0.0,
         val_images=images,
         correct_top1=correct,
+        correct_top5=images,
         onnxruntime="1",
     )
     write_model(path, graph, dataclasses.replace(card, evidence=(evidence,)))

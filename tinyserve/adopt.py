@@ -93,6 +93,7 @@ def adopt(
             max_difference=difference,
             val_images=0,
             correct_top1=0,
+            correct_top5=0,
             onnxruntime=ort.__version__,
         )
         golden = Golden.of(images, answers[max(BATCHES)], tolerance=GOLDEN_TOLERANCE)

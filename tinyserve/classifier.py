@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 
 from tinyserve import images
 from tinyserve.dataset import Input
-from tinyserve.engine import Engine, default_threads
-from tinyserve.errors import ImageError
-from tinyserve.modelfile import DEFAULT_MODEL, Label, ModelCard, find_model
+from tinyserve.engine import Engine, default_threads, preferred_precisions
+from tinyserve.errors import ImageError, UsageError
+from tinyserve.modelfile import DEFAULT_MODEL, PRECISIONS, Label, ModelCard, find_model
 
 Source = str | os.PathLike[str] | bytes
 
@@ -51,19 +51,28 @@ class Result:
 class Classifier:
     """A model, ready to classify.
 
-    ``model`` is the name of an installed model or the path of a model file; ``device``, ``threads``
-    and ``self_test`` are :class:`~tinyserve.engine.Engine`'s. Safe to use from several threads.
+    ``model`` is the name of an installed model or the path of a model file. Of a model installed in
+    several precisions, ``precision`` picks one: ``fp32``, ``fp16``, ``int8``, or ``auto`` for the
+    one that suits the device. ``device``, ``threads`` and ``self_test`` are
+    :class:`~tinyserve.engine.Engine`'s. Safe to use from several threads.
     """
 
     def __init__(
         self,
         model: str = DEFAULT_MODEL,
         *,
+        precision: str = "auto",
         device: str | None = None,
         threads: int | None = None,
         self_test: bool = True,
     ) -> None:
-        self.engine = Engine(find_model(model), device=device, threads=threads, self_test=self_test)
+        if precision != "auto" and precision not in PRECISIONS:
+            raise UsageError(
+                f"unknown precision {precision!r} (known: auto, {', '.join(PRECISIONS)})"
+            )
+        precisions = preferred_precisions(device) if precision == "auto" else (precision,)
+        path = find_model(model, precisions)
+        self.engine = Engine(path, device=device, threads=threads, self_test=self_test)
         self._labels_by_key = _label_keys(self.card.labels)
 
     @property

@@ -23,10 +23,11 @@ from tinyserve.adopt import adopt as adopt_model
 from tinyserve.adopt import read_labels
 from tinyserve.classifier import Classifier
 from tinyserve.dataset import find_inputs
-from tinyserve.engine import DEVICES, device_name, read_card
+from tinyserve.engine import DEVICES, device_name, preferred_precisions, read_card
 from tinyserve.errors import ModelFileError, TinyserveError, UsageError
 from tinyserve.modelfile import (
     DEFAULT_MODEL,
+    PRECISIONS,
     ModelCard,
     Training,
     find_model,
@@ -66,7 +67,10 @@ def classify(arguments: argparse.Namespace) -> int:
     inputs = find_inputs(arguments.paths)
     format_ = arguments.format or format_of(arguments.output)
     classifier = Classifier(
-        arguments.model, device=arguments.device, self_test=not arguments.no_self_test
+        arguments.model,
+        precision=arguments.precision,
+        device=arguments.device,
+        self_test=not arguments.no_self_test,
     )
     tally = Tally()
     start = time.perf_counter()
@@ -106,14 +110,23 @@ def models(arguments: argparse.Namespace) -> int:
     for name, path in found.items():
         try:
             cards[name] = read_card(path)
-        except ModelFileError as error:
+        except TinyserveError as error:
             print(f"tinyserve: {error}", file=sys.stderr)
     if arguments.json:
-        rows = [_model_document(name, found[name], card) for name, card in cards.items()]
-        print(json.dumps(rows, indent=2))
+        documents = [_model_document(name, found[name], card) for name, card in cards.items()]
+        print(json.dumps(documents, indent=2))
     else:
-        header = ("model", "precision", "parameters", "classes", "top-1", "size", "file")
-        _print_columns([header, *(_model_row(name, found[name], cards[name]) for name in cards)])
+        header: tuple[str, ...] = (
+            "model",
+            "precision",
+            "parameters",
+            "classes",
+            "top-1",
+            "size",
+            "file",
+        )
+        rows = [_model_row(name, found[name], cards[name]) for name in cards]
+        _print_columns([header, *rows])
         print("* what classify uses without -m; top-1 on the validation images, see tinyserve info")
     return 0 if len(cards) == len(found) else ModelFileError.exit_code
 
@@ -127,27 +140,27 @@ def _model_document(name: str, path: Path, card: ModelCard) -> dict[str, Any]:
         "parameters": card.parameters,
         "classes": len(card.labels),
         "image_size": card.image_size,
-        "val_top1": training.val_top1 if training else None,
+        "val_top1": card.accuracy[0] if card.accuracy else None,
         "val_images": training.val_images if training else None,
         "bytes": path.stat().st_size,
         "path": str(path),
     }
 
 
-def _model_row(name: str, path: Path, card: ModelCard) -> tuple[str, ...]:
+def _model_row(name: str, path: Path, card: ModelCard) -> tuple[str, str, str, str, str, str, str]:
     return (
-        name + ("*" if name == DEFAULT_MODEL else ""),
+        name + ("*" if _is_default(path) else ""),
         card.precision,
         f"{card.parameters / 1e6:.2f} M",
         str(len(card.labels)),
-        f"{100 * card.training.val_top1:.2f} %" if card.training else "",
+        f"{100 * card.accuracy[0]:.2f} %" if card.accuracy else "",
         f"{path.stat().st_size / 2**20:.1f} MiB",
         str(path),
     )
 
 
 def info(arguments: argparse.Namespace) -> int:
-    path = find_model(arguments.model)
+    path = _file_of(arguments.model)
     card = read_card(path)
     if arguments.json:
         document = dataclasses.asdict(card)
@@ -163,7 +176,7 @@ def info(arguments: argparse.Namespace) -> int:
 
 
 def labels(arguments: argparse.Namespace) -> int:
-    found = read_card(find_model(arguments.model)).labels
+    found = read_card(_file_of(arguments.model)).labels
     if arguments.json:
         print(json.dumps([dataclasses.asdict(label) for label in found], indent=2))
     else:
@@ -253,7 +266,7 @@ def adopt(arguments: argparse.Namespace) -> int:
 
 
 def triton(arguments: argparse.Namespace) -> int:
-    models = {_model_name(name): find_model(name) for name in arguments.model.split(",")}
+    models = {_model_name(name): _file_of(name) for name in arguments.model.split(",")}
     for folder in write_repository(Path(arguments.output), models):
         print(folder)
     print(
@@ -345,6 +358,18 @@ def _print_columns(rows: Sequence[Sequence[str]]) -> None:
         print("  ".join(cells).rstrip())
 
 
+def _file_of(model: str) -> Path:
+    """The file that ``classify`` would use."""
+    return find_model(model, preferred_precisions())
+
+
+def _is_default(path: Path) -> bool:
+    try:
+        return path == _file_of(DEFAULT_MODEL)
+    except ModelFileError:  # it is not installed
+        return False
+
+
 def _model_name(model: str) -> str:
     return Path(model).name.removesuffix(".onnx")
 
@@ -382,6 +407,12 @@ def _parser() -> argparse.ArgumentParser:
     add("-k", "--topk", type=_at_least_one, default=5, help="predictions an image (default: 5)")
     add("-b", "--batch-size", type=_at_least_one, default=32, help="default: %(default)s")
     add("--device", choices=DEVICES, help="default: $TINYSERVE_DEVICE or auto")
+    add(
+        "--precision",
+        choices=("auto", *PRECISIONS),
+        default="auto",
+        help="of a model that is there in several (default: auto, what suits the device)",
+    )
     add("--no-self-test", action="store_true", help="do not replay the file's golden images first")
     add("--format", choices=FORMATS, help="default: table, or by the suffix of -o")
     add("-o", "--output", metavar="FILE", help="write the rows here instead of to stdout")

@@ -120,6 +120,15 @@ def read_card(path: str | os.PathLike[str]) -> ModelCard:
     return _card(Path(path), _open(Path(path), options, [CPU]))
 
 
+def preferred_precisions(device: str | None = None) -> tuple[str, ...]:
+    """Precisions by how well they suit a device, ``device`` as for :class:`Engine`: on CUDA half
+    precision is the fastest, on CPUs 8 bits."""
+    device = device or os.environ.get("TINYSERVE_DEVICE") or "auto"
+    if device != "cpu" and cuda_problem() is None:
+        return ("fp16", "fp32", "int8")
+    return ("int8", "fp32", "fp16")
+
+
 def device_name(provider: str) -> str:
     """A provider's name for people: "CPU", "CUDA"."""
     return provider.removesuffix("ExecutionProvider")

@@ -12,6 +12,7 @@ import json
 import mmap
 import os
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ METADATA_KEY = "tinyserve"
 INPUT_NAME = "images"
 OUTPUT_NAME = "probabilities"
 DEFAULT_MODEL = "resnet20"
+PRECISIONS = ("fp32", "fp16", "int8")
 
 _DIGEST = "card_sha256"
 _METADATA_PROPS = 14  # the field's number in onnx.proto
@@ -72,8 +74,9 @@ class Evidence:
 
     The answers to ``images`` images, in batches of each of ``batch_sizes``, were compared with
     those of ``reference``: ``top1_agreement`` is the share with the same top-1,
-    ``max_difference`` the largest absolute difference of any probability. ``correct_top1`` of all
-    ``val_images`` validation images were right, 0 of 0 where there are none.
+    ``max_difference`` the largest absolute difference of any probability. Of all ``val_images``
+    validation images ``correct_top1`` were right, and ``correct_top5`` among the first five; 0 of 0
+    where there are none.
     """
 
     provider: str
@@ -84,6 +87,7 @@ class Evidence:
     max_difference: float
     val_images: int
     correct_top1: int
+    correct_top5: int
     onnxruntime: str
 
 
@@ -148,6 +152,15 @@ class ModelCard:
     graph_sha256: str = ""
     resize_rule: str = RESIZE_RULE
     format: int = FORMAT
+
+    @property
+    def accuracy(self) -> tuple[float, float] | None:
+        """Top-1 and top-5 of this very file, as fractions of the validation images, or else of its
+        weights; None where neither was measured."""
+        for entry in self.evidence:
+            if entry.val_images:
+                return entry.correct_top1 / entry.val_images, entry.correct_top5 / entry.val_images
+        return None if self.training is None else (self.training.val_top1, self.training.val_top5)
 
     def to_json(self) -> str:
         """The document, with a digest of itself."""
@@ -247,12 +260,31 @@ def installed_models() -> dict[str, Path]:
     return models
 
 
-def find_model(name: str) -> Path:
-    """The file of a model, given its name or its path; raises :class:`ModelFileError`."""
+def model_names() -> list[str]:
+    """The models found, each once whatever the number of its precisions."""
+    known = tuple(f".{precision}" for precision in PRECISIONS)
+    names = (
+        name.rpartition(".")[0] if name.endswith(known) else name for name in installed_models()
+    )
+    return list(dict.fromkeys(names))
+
+
+def find_model(name: str, precisions: Sequence[str] = PRECISIONS) -> Path:
+    """The file of a model, given its path, its name, or its name less the precision.
+
+    Of ``resnet20.fp16`` and ``resnet20.int8``, ``resnet20`` means the first that there is in the
+    order of ``precisions``; a name without a precision is a file of fp32. Raises
+    :class:`ModelFileError` where there is none.
+    """
     if name.endswith(".onnx") or os.sep in name:
         return Path(name)
     models = installed_models()
-    if name not in models:
+    variants = {precision: f"{name}.{precision}" for precision in PRECISIONS} | {"fp32": name}
+    found = [models[variants[p]] for p in precisions if variants[p] in models]
+    # The name of one file, whatever it is called.
+    found += [models[name]] if name in models and "." in name else []
+    if not found:
         known = ", ".join(models) or f"none; looked in {', '.join(map(str, search_folders()))}"
-        raise ModelFileError(f"unknown model {name!r} (known: {known})")
-    return models[name]
+        of = "" if set(precisions) == set(PRECISIONS) else f" in {' or '.join(precisions)}"
+        raise ModelFileError(f"unknown model {name!r}{of} (known: {known})")
+    return found[0]

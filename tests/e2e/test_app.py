@@ -22,7 +22,7 @@ import pytest
 from PIL import Image
 
 from tinyserve import Classifier, Prediction
-from tinyserve.modelfile import DEFAULT_MODEL, installed_models
+from tinyserve.modelfile import DEFAULT_MODEL, PRECISIONS, find_model, model_names
 
 ROOT = Path(__file__).resolve().parents[2]
 START_SECONDS = 120
@@ -158,7 +158,7 @@ def test_shows_what_the_classifier_says(
 
 @pytest.mark.browser
 def test_other_model_answers_too(page: Any, jpeg: Path) -> None:
-    other = next((name for name in installed_models() if name != DEFAULT_MODEL), None)
+    other = next((name for name in model_names() if name != DEFAULT_MODEL), None)
     if other is None:
         pytest.skip("only one model is installed")
     _upload(page, jpeg)
@@ -286,7 +286,7 @@ def test_endpoint_opens_neither_addresses_nor_foreign_files(server: Server, tmp_
 def test_endpoint_takes_no_path_for_a_model(client: Any, jpeg: Path) -> None:
     from gradio_client import handle_file
 
-    path = str(installed_models()[DEFAULT_MODEL].resolve())
+    path = str(find_model(DEFAULT_MODEL, PRECISIONS[::-1]).resolve())
     label, status = client.predict(handle_file(jpeg), path, api_name="/classify")
     assert "unknown model" in status
     assert not label
