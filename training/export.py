@@ -24,7 +24,7 @@ import numpy as np
 import onnx
 import torch
 
-from tinyserve.engine import Engine
+from tinyserve.engine import Engine, read_card
 from tinyserve.errors import CheckpointError, TinyserveError, UsageError
 from tinyserve.modelfile import (
     INPUT_NAME,
@@ -79,6 +79,8 @@ def export(
     """
     if unknown := set(precisions) - BOUNDS.keys():
         raise UsageError(f"unknown precision {sorted(unknown)[0]!r} (known: {', '.join(BOUNDS)})")
+    if run.is_file() and (card := read_card(run)).precision != "fp32":
+        raise UsageError(f"{run} is {card.precision}: only a run or its fp32 file can be exported")
     weights = pretrained.load(run)
     root, holdout = _data_of(run, data_root)
     dataset = data.load(root, image_size=weights.image_size, skip_bad=True, holdout=holdout)

@@ -44,11 +44,11 @@ def load(path: Path) -> checkpoint.Weights:
         raise CheckpointError(str(error)) from error
     except Exception as error:  # protobuf and ONNX raise almost anything
         raise CheckpointError(f"{path} is damaged or is no model file") from error
-    if card.training is None or card.precision != "fp32":
-        raise CheckpointError(f"{path} is not the fp32 export of a training run")
+    if card.training is None:
+        raise CheckpointError(f"{path} is not the export of a training run")
     if card.architecture not in ARCHS:
         raise CheckpointError(f"{path}: unknown architecture {card.architecture!r}")
-    tensors = {t.name: torch.from_numpy(numpy_helper.to_array(t).copy()) for t in graph.initializer}
+    tensors = _tensors(graph)
     for batch_norm in (True, False):
         model = ARCHS[card.architecture](
             len(card.labels), image_size=card.network_size, batch_norm=batch_norm
@@ -68,6 +68,30 @@ def load(path: Path) -> checkpoint.Weights:
                 training=card.training,
             )
     raise CheckpointError(f"{path} does not hold the tensors of {card.architecture}")
+
+
+def _tensors(graph: onnx.GraphProto) -> dict[str, Tensor]:
+    """All constants of a graph by name, in single precision where they are not whole numbers.
+
+    What was quantized, as ``<name>_quantized`` with a scale for each first index, is under its own
+    name, too.
+    """
+    found = {t.name: torch.from_numpy(numpy_helper.to_array(t).copy()) for t in graph.initializer}
+    found = {
+        name: value.float() if value.is_floating_point() else value for name, value in found.items()
+    }
+    for node in graph.node:
+        if node.op_type == "DequantizeLinear" and node.input[0] in found:
+            value, scale = found[node.input[0]].float(), found[node.input[1]]
+            if len(node.input) > 2:
+                value = value - found[node.input[2]].float().reshape(-1, *[1] * (value.dim() - 1))
+            name = node.input[0].removesuffix("_quantized")
+            found[name] = value * scale.reshape(-1, *[1] * (value.dim() - 1))
+    return {
+        name: value
+        for name, value in found.items()
+        if "_quantized" not in name and not name.endswith(("_scale", "_zero_point"))
+    }
 
 
 def _whole_mean(mean: Tensor, image_size: int) -> Tensor:

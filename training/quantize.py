@@ -1,7 +1,10 @@
 """The exported graph in half precision and in 8 bits."""
 
+import io
+import logging
 import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -107,21 +110,33 @@ def to_int8(
         candidates = []
         for name, method in _METHODS.items():
             path = Path(folder) / f"{name}.onnx"
-            quantize_static(
-                prepared,
-                path,
-                _Images(calibration),
-                quant_format=QuantFormat.QDQ,
-                per_channel=True,
-                activation_type=QuantType.QUInt8,
-                weight_type=QuantType.QInt8,
-                nodes_to_exclude=kept,
-                calibrate_method=method,
-            )
+            with _quiet():
+                quantize_static(
+                    prepared,
+                    path,
+                    _Images(calibration),
+                    quant_format=QuantFormat.QDQ,
+                    per_channel=True,
+                    activation_type=QuantType.QUInt8,
+                    weight_type=QuantType.QInt8,
+                    nodes_to_exclude=kept,
+                    calibrate_method=method,
+                )
             quantized = onnx.load(path)
             same = float((_answers(quantized, choice) == expected).mean())
             candidates.append(Int8(quantized, name, same))
     return max(candidates, key=lambda candidate: candidate.agreement)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """The quantizer prints its progress, and advises to fuse what is fused already."""
+    logging.disable(logging.WARNING)
+    try:
+        with redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 class _Images(CalibrationDataReader):  # type: ignore[misc]
