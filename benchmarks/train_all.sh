@@ -7,13 +7,16 @@
 #   benchmarks/train_all.sh modern paper precision ablation -- --epochs 1 --limit-train 512   # a try
 #
 # Groups of runs, then "--" and arguments for every run. A run that was stopped goes on, one that is
-# done stays as it is; its records are kept in docs/runs/. TIME_LIMIT is in seconds, for all
-# together. RUNS and RECORDS name other folders, PYTHON another interpreter.
+# done stays as it is; its record is kept in docs/runs/ and RESULTS.md written again. TIME_LIMIT is in
+# seconds, for all together. RUNS, RECORDS, RESULTS and FIGURES name other places, PYTHON another
+# interpreter.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 runs=${RUNS:-runs}
 records=${RECORDS:-docs/runs}
+results=${RESULTS:-RESULTS.md}
+figures=${FIGURES:-docs/figures}
 python=${PYTHON:-python}
 
 groups=()
@@ -34,8 +37,7 @@ train() {
         "$python" -m training.fit "$@" "${extra[@]}" --out "$run" "${go_on[@]}"
         [ -e "$run/weights.pt" ] || { echo "out of time in $name: run this again to go on"; exit 0; }
     fi
-    mkdir -p "$records/$name"
-    cp "$run/config.json" "$run/history.csv" "$run/result.json" "$records/$name/"
+    "$python" -m training.report "$records" --keep "$run" -o "$results" --figures "$figures" >/dev/null
 }
 
 # The best network first: it teaches the others, and then itself.

@@ -148,6 +148,26 @@ def read_records(folder: Path) -> list[Record]:
     return sorted(runs, key=lambda run: (*ORDER, run.arch).index(run.arch))
 
 
+def keep_record(run: Path, folder: Path) -> Path:
+    """Copy a finished run's record into ``folder``, without the path of its data; returns where.
+
+    Raises :class:`CheckpointError` for a run that has not finished.
+    """
+    target = folder / run.resolve().name
+    documents = {}
+    for name in (CONFIG, HISTORY, RESULT):
+        with _reading(run / name) as text:
+            documents[name] = text
+    with _reading(run / CONFIG):
+        config = json.loads(documents[CONFIG])
+        config.pop("data", None)
+        documents[CONFIG] = json.dumps(config, indent=2) + "\n"
+    target.mkdir(parents=True, exist_ok=True)
+    for name, text in documents.items():
+        (target / name).write_text(text, encoding="utf-8")
+    return target
+
+
 def _read_record(folder: Path) -> Record:
     facts: dict[str, Any] = {"name": folder.name, "history": [], "scores": {}, "seconds": 0.0}
     with _reading(folder / CONFIG) as text:

@@ -3,7 +3,8 @@
 ::
 
     python -m training.report                                   # docs/runs into RESULTS.md
-    python -m training.report runs/ -o /tmp/results.md --figures /tmp/figures
+    python -m training.report --keep runs/resnet20-modern       # and this run from now on
+    python -m training.report runs/ -o results.md --figures figures/
 
 A record is a folder with the ``config.json``, the ``history.csv`` and, once it has finished, the
 ``result.json`` of a run. The same records give the same RESULTS.md, byte for byte.
@@ -17,7 +18,7 @@ from pathlib import Path
 from tinyserve.errors import TinyserveError, UsageError
 from tinyserve.report import wilson_interval
 from training.figures import ACCURACY, LOSS, RATE, Album
-from training.records import SINGLE, TEN, Record, Score, in_words, read_records
+from training.records import SINGLE, TEN, Record, Score, in_words, keep_record, read_records
 
 PAPER_TOP1 = {
     "baseline": ("34.40", "33.04"),
@@ -41,10 +42,15 @@ ONE_VIEW, TEN_CROPS = "top-1 %, single view", "top-1 %, ten crops"
 def main(argv: list[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
+        for run in arguments.keep:
+            keep_record(run, arguments.runs)
         paths = write(arguments.runs, arguments.output, arguments.figures)
     except TinyserveError as error:
         print(f"training.report: {error}", file=sys.stderr)
         return error.exit_code
+    except OSError as error:
+        print(f"training.report: {error.filename}: {error.strerror}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("training.report: interrupted", file=sys.stderr)
         return 130
@@ -368,6 +374,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("runs", type=Path, nargs="?", default=Path("docs/runs"), help="default: %(default)s")
+    add(
+        "--keep",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="RUN",
+        help="first copy the records of these finished runs there",
+    )
     add("--output", "-o", type=Path, default=Path("RESULTS.md"), help="default: %(default)s")
     add("--figures", type=Path, default=Path("docs/figures"), help="default: %(default)s")
     return parser

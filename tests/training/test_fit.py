@@ -624,3 +624,11 @@ def test_a_run_that_diverges_stops_with_advice(photos, tmp_path, capsys):
     said = capsys.readouterr().err
     assert "lower --lr" in said.splitlines()[-1]
     assert not (tmp_path / "run" / "weights.pt").exists()
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_over(photos, tmp_path):
+    arguments = "--arch baseline --recipe cpu --epochs 1 -b 6"
+    assert fit_here(tmp_path / "run", photos, f"{arguments} --time-limit 0") == 0
+    (tmp_path / "run" / "checkpoint.pt").unlink()
+    assert fit_here(tmp_path / "run", photos, f"{arguments} --resume") == 0
+    assert (tmp_path / "run" / "weights.pt").exists()

@@ -571,3 +571,25 @@ def test_figures_that_cannot_be_written_are_a_usage_error(runs, tmp_path, capsys
     assert re.fullmatch(
         rf"training\.report: cannot write {re.escape(str(figures))}: .+\n", capsys.readouterr().err
     )
+
+
+def test_a_finished_run_is_kept_without_the_path_of_its_data(tmp_path, capsys):
+    runs, records = tmp_path / "runs", tmp_path / "records"
+    write_record(runs / "baseline-paper", "baseline", PAPER, 3300)
+    before = (runs / "baseline-paper" / "config.json").read_text()
+    config = {**json.loads(before), "data": "/home/somebody/pictures"}
+    (runs / "baseline-paper" / "config.json").write_text(json.dumps(config))
+    command = [str(records), "-o", str(tmp_path / "R.md"), "--figures", str(tmp_path / "figures")]
+    assert main([*command, "--keep", str(runs / "baseline-paper")]) == 0
+    kept = records / "baseline-paper"
+    assert sorted(path.name for path in kept.iterdir()) == [
+        "config.json",
+        "history.csv",
+        "result.json",
+    ]
+    assert "somebody" not in (kept / "config.json").read_text()
+    assert json.loads((kept / "config.json").read_text())["config"] == config["config"]
+    assert "`baseline-paper`" in (tmp_path / "R.md").read_text()
+    (runs / "baseline-paper" / "result.json").unlink()
+    assert main([*command, "--keep", str(runs / "baseline-paper")]) == 1
+    assert "result.json cannot be read" in capsys.readouterr().err
