@@ -6,9 +6,8 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
-PROJECT = tomllib.loads((Path(__file__).resolve().parent.parent / "pyproject.toml").read_text())[
-    "project"
-]
+ROOT = Path(__file__).resolve().parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 PLATFORMS = [
     ("linux", "x86_64", "onnxruntime-gpu"),
@@ -36,3 +35,15 @@ def test_exactly_one_onnx_runtime_on_any_platform(system, machine, expected):
 def test_the_base_installation_is_light():
     names = installed(PROJECT["dependencies"], "linux", "x86_64")
     assert names == {"numpy", "pillow", "simplejpeg", "tqdm", "onnxruntime-gpu"}
+
+
+def test_the_shipped_models_are_small_enough_to_be_cloned():
+    files = list((ROOT / "exported").iterdir())
+    assert {path.name.partition(".")[0] for path in files} == {
+        "baseline",
+        "alexnet",
+        "inception",
+        "resnet20",
+    }
+    assert {path.suffix for path in files} == {".onnx"}
+    assert sum(path.stat().st_size for path in files) <= 64 * 2**20
