@@ -120,7 +120,10 @@ class Golden:
         """The images and their probabilities; ValueError where they are not of this shape."""
         # Never more than is expected, whatever a file of unknown origin unpacks to.
         expected = self.count * size * size * 3
-        pixels = zlib.decompressobj().decompress(base64.b64decode(self.images), expected)
+        unpacking = zlib.decompressobj()
+        pixels = unpacking.decompress(base64.b64decode(self.images), expected)
+        if unpacking.unconsumed_tail:
+            raise ValueError("more pixels than expected")
         images = np.frombuffer(pixels, np.uint8).reshape(self.count, size, size, 3)
         numbers = np.frombuffer(base64.b64decode(self.probabilities), "<f4")
         return images, numbers.astype(np.float32).reshape(self.count, classes)
