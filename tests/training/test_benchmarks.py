@@ -1,0 +1,74 @@
+"""The scripts in benchmarks/ run, on a few pictures."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tinyserve.modelfile import find_model
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run(command: list[object], **environment: str) -> subprocess.CompletedProcess[str]:
+    path = f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    one_thread = {"OMP_NUM_THREADS": "1", "TINYSERVE_NUM_THREADS": "1", "PYTHONPATH": path}
+    return subprocess.run(
+        [str(part) for part in command],
+        env={**os.environ, **one_thread, "PYTHON": sys.executable, **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+@pytest.mark.slow
+def test_every_run_of_the_paper_is_made_kept_and_reported(photos, tmp_path):
+    places = {
+        "RUNS": str(tmp_path / "runs"),
+        "RECORDS": str(tmp_path / "records"),
+        "RESULTS": str(tmp_path / "RESULTS.md"),
+        "FIGURES": str(tmp_path / "figures"),
+    }
+    command = [ROOT / "benchmarks" / "train_all.sh", "paper", "--", "--data", photos]
+    command += ["--epochs", "1", "--batch-size", "9"]
+    stopped = run(command, **places, TIME_LIMIT="0")
+    assert (stopped.returncode, stopped.stdout) == (0, "out of time before resnet20-paper\n")
+    done = run(command, **places)
+    assert done.returncode == 0, done.stderr
+    names = {f"{arch}-paper" for arch in ("baseline", "alexnet", "inception", "resnet20")}
+    assert {path.name for path in (tmp_path / "records").iterdir()} == names
+    report = (tmp_path / "RESULTS.md").read_text()
+    assert all(f"`{name}`" in report for name in names)
+    again = run(command, **places)
+    assert again.returncode == 0
+    assert "epoch 1" not in again.stderr  # what is done stays as it is
+
+
+def test_groups_of_runs_are_named():
+    for arguments in ([], ["imagenet"]):
+        found = run([ROOT / "benchmarks" / "train_all.sh", *arguments])
+        assert found.returncode == 2
+        assert "modern, paper, precision" in found.stderr
+
+
+@pytest.mark.slow
+def test_training_speed_is_printed_with_ratios(photos):
+    command = [sys.executable, ROOT / "benchmarks" / "training_speed.py", "--data", photos]
+    found = run([*command, "--arch", "baseline", "-b", "9", "--steps", "1", "--rounds", "2"])
+    assert found.returncode == 0, found.stderr
+    assert found.stdout.count("of the limit") == 3
+    assert "GFLOP an image" in found.stdout
+
+
+@pytest.mark.slow
+def test_inference_speed_is_printed_with_ratios_or_by_node():
+    script, model = ROOT / "benchmarks" / "inference_speed.py", find_model("inception")
+    found = run([sys.executable, script, model, model, "-b", "2", "--rounds", "2"])
+    assert found.returncode == 0, found.stderr
+    assert "images/s" in found.stdout
+    found = run([sys.executable, script, model, "-b", "2", "--rounds", "2", "--profile"])
+    assert found.returncode == 0, found.stderr
+    assert "Conv" in found.stdout
