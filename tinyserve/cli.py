@@ -188,7 +188,7 @@ def labels(arguments: argparse.Namespace) -> int:
 
 def verify(arguments: argparse.Namespace) -> int:
     classifier = Classifier(arguments.model, device=arguments.device, self_test=False)
-    name = _model_name(arguments.model)
+    name = classifier.engine.path.stem
     test = verification.self_test(classifier)
     document: dict[str, Any] = {"model": name, "self_test": dataclasses.asdict(test)}
     device = device_name(test.provider)
@@ -205,11 +205,13 @@ def verify(arguments: argparse.Namespace) -> int:
         with tqdm(total=len(inputs), unit="image", disable=None, leave=False) as bar:
             found = verification.replay(classifier, inputs, lambda _: bar.update())
         document["replay"] = {**dataclasses.asdict(found), "difference": found.difference}
-        same = "exactly what" if found.difference == 0 else f"{found.difference:+d} to what"
+        relation = "as many as"
+        if found.difference:
+            relation = f"{abs(found.difference)} {'more' if found.difference > 0 else 'fewer'} than"
         lines.append(
             f"top-1 {100 * found.correct_top1 / found.images:.2f} % "
-            f"({found.correct_top1:,} of {found.images:,}) on {device}, {same} the file says of "
-            f"{device_name(found.expected_provider)}"
+            f"({found.correct_top1:,} of {found.images:,}) on {device}, {relation} on "
+            f"{device_name(found.expected_provider)} when it was exported"
         )
     print(json.dumps(document, indent=2) if arguments.json else "\n".join(lines))
     return 0
@@ -221,9 +223,12 @@ def compare(arguments: argparse.Namespace) -> int:
     inputs = find_inputs([_validation_folder(arguments.data)])
     with tqdm(total=len(inputs), unit="image", disable=None, leave=False) as bar:
         found = comparison.compare(a, b, inputs, batch_size=arguments.batch_size, watch=bar.update)
+    if found.unreadable:
+        print(f"tinyserve: {found.unreadable:,} images cannot be read", file=sys.stderr)
+    code = SOME_FAILED if found.unreadable else 0
     if arguments.json:
         print(json.dumps({"models": names, **dataclasses.asdict(found)}, indent=2))
-        return 0
+        return code
     sides = (found.a, found.b)
     _print_columns(
         [
@@ -239,10 +244,7 @@ def compare(arguments: argparse.Namespace) -> int:
         f"the same top-1 on {100 * found.agreement:.2f} %; p = {found.p_value:.2g} "
         f"(McNemar, exact); B is {found.speed_ratio:.2f} times as fast as A"
     )
-    if found.unreadable:
-        print(f"tinyserve: {found.unreadable:,} images cannot be read", file=sys.stderr)
-        return SOME_FAILED
-    return 0
+    return code
 
 
 def adopt(arguments: argparse.Namespace) -> int:
@@ -287,6 +289,8 @@ def _card_lines(path: Path, card: ModelCard) -> Iterator[tuple[str, str]]:
     seen = "all" if card.crop == size else f"the centre {card.crop} x {card.crop}"
     if card.network_size != card.crop:
         seen += f", shrunk to {card.network_size} x {card.network_size}"
+    if card.views > 1:
+        seen += f", in {card.views} views whose answers are averaged"
     yield "file", f"{path} ({path.stat().st_size / 2**20:.1f} MiB, format {card.format})"
     yield "architecture", f"{card.architecture}, {card.parameters:,} parameters, {card.precision}"
     yield (
