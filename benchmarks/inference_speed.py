@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 
-from tinyserve.engine import CPU, CUDA, Engine, default_threads, device_name
+from tinyserve.engine import CPU, CUDA, Engine, default_threads, device_name, session_options
 from tinyserve.modelfile import INPUT_NAME
 
 
@@ -54,8 +54,7 @@ def compare(paths: list[Path], device: str, batch: int, rounds: int) -> None:
 
 def profile(path: Path, device: str, batch: int, rounds: int) -> None:
     card = Engine(path, device=device).card
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = default_threads()
+    options = session_options(default_threads())
     options.enable_profiling = True
     with tempfile.TemporaryDirectory() as folder:
         options.profile_file_prefix = str(Path(folder) / "profile")

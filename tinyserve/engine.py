@@ -55,9 +55,7 @@ class Engine:
         device = device or os.environ.get("TINYSERVE_DEVICE") or "auto"
         if device not in DEVICES:
             raise UsageError(f"unknown device {device!r} (known: {', '.join(DEVICES)})")
-        options = ort.SessionOptions()
-        options.log_severity_level = _ERRORS_ONLY
-        options.intra_op_num_threads = threads or default_threads()
+        options = session_options(threads or default_threads())
         self.path = Path(path)
         self.fallback = None
         problem = cuda_problem() if device != "cpu" else None
@@ -118,6 +116,17 @@ def read_card(path: str | os.PathLike[str]) -> ModelCard:
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.intra_op_num_threads = 1
     return _card(Path(path), _open(Path(path), options, [CPU]))
+
+
+def session_options(threads: int) -> ort.SessionOptions:
+    """How models are run on the CPU, with so many threads."""
+    options = ort.SessionOptions()
+    options.log_severity_level = _ERRORS_ONLY
+    options.intra_op_num_threads = threads
+    # Threads that wait by spinning take the cores from whatever else runs: another model, decoding,
+    # another process. On two cores the 8-bit models are a third slower with it, even alone.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    return options
 
 
 def preferred_precisions(device: str | None = None) -> tuple[str, ...]:

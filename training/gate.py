@@ -1,5 +1,6 @@
 """The gate: what a model file must show before it is kept."""
 
+import math
 import statistics
 import sys
 import time
@@ -14,7 +15,14 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from tinyserve.engine import CPU, Engine, cuda_problem, default_threads, device_name
+from tinyserve.engine import (
+    CPU,
+    Engine,
+    cuda_problem,
+    default_threads,
+    device_name,
+    session_options,
+)
 from tinyserve.errors import GateError
 from tinyserve.modelfile import INPUT_NAME, OUTPUT_NAME, Evidence
 from training import data
@@ -22,7 +30,9 @@ from training.evaluate import ServedNetwork
 
 GATE_IMAGES = 1000
 GATE_BATCHES = (1, 3, 64)
+SPEED_BATCHES = (1, 32)
 SPEED_ROUNDS = 15
+SUM_TOLERANCE = 1e-4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,7 +44,8 @@ class Bounds:
     max_difference: float = 1.0
     accuracy_loss: float = 1.0
     faster: bool = False
-    """Faster than the fp32 file, on the CPU."""
+    """Faster than the fp32 file, on the CPU: by the geometric mean of one image at a time, which
+    waits for the weights, and of batches, which wait for the arithmetic."""
     golden_tolerance: float
     """How far a golden probability may be off on another machine."""
 
@@ -103,16 +114,20 @@ class Gate:
                     f"{100 * bounds.accuracy_loss:g} are the most allowed"
                 )
             if bounds.faster and engine.provider == CPU:
-                ratio = self._speed_ratio(engine)
-                print(f"{where}: {ratio:.2f} times as fast as fp32, batches of 32", file=sys.stderr)
-                if ratio <= 1:
-                    raise GateError(f"{where}: {ratio:.2f} times as fast as fp32, not faster")
+                ratios = [self._speed_ratio(engine, batch) for batch in SPEED_BATCHES]
+                words = f"{ratios[0]:.2f} and {ratios[1]:.2f} times as fast as fp32"
+                print(f"{where}: {words}, one image and batches of 32", file=sys.stderr)
+                if math.prod(ratios) <= 1:
+                    raise GateError(f"{where}: {words}, which on the whole is not faster")
         return tuple(evidence)
 
     def _measure(self, engine: Engine, precision: str) -> Evidence:
         agreement, difference = 1.0, 0.0
+        where = f"{precision} on {device_name(engine.provider)}"
         for batch in GATE_BATCHES:
             found = _run(engine, self.images, batch, f"{precision}, batches of {batch}")
+            if not np.allclose(found.sum(axis=1), 1, atol=SUM_TOLERANCE):
+                raise GateError(f"{where}: the probabilities of an image do not sum to 1")
             agreement = min(agreement, float((found.argmax(1) == self._expected.argmax(1)).mean()))
             difference = max(difference, float(np.abs(found - self._expected).max()))
         answers = _run(engine, self.val.images, max(GATE_BATCHES), f"{precision}, accuracy")
@@ -120,7 +135,7 @@ class Gate:
         best = np.argsort(-answers, axis=1, kind="stable")[:, :5] == labels
         correct, among_five = int(best[:, 0].sum()), int(best.sum())
         print(
-            f"{precision} on {device_name(engine.provider)}: {100 * agreement:g} % the same top-1 "
+            f"{where}: {100 * agreement:g} % the same top-1 "
             f"as in PyTorch, max |dp| {difference:.2e}, {len(self.images):,} images at batch "
             f"{', '.join(map(str, GATE_BATCHES))}; top-1 {100 * correct / len(self.val):.2f} % "
             f"({correct:,} of {len(self.val):,})",
@@ -152,20 +167,19 @@ class Gate:
         return self._fp32_correct
 
     def _fp32_session(self) -> ort.InferenceSession:
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = default_threads()
+        options = session_options(default_threads())
         return ort.InferenceSession(self._fp32, options, providers=[CPU])
 
-    def _speed_ratio(self, engine: Engine) -> float:
-        """Over fp32, in batches of 32; by turns, so that what else the machine does slows both."""
+    def _speed_ratio(self, engine: Engine, batch: int) -> float:
+        """Over fp32; by turns, so that what else the machine does slows both."""
         session = self._fp32_session()
-        batch = self.images[:32]
+        images = self.images[:batch]
         ratios = []
         for _ in range(SPEED_ROUNDS):
             began = time.perf_counter()
-            session.run([OUTPUT_NAME], {INPUT_NAME: batch})
+            session.run([OUTPUT_NAME], {INPUT_NAME: images})
             between = time.perf_counter()
-            engine.run(batch)
+            engine.run(images)
             ratios.append((between - began) / (time.perf_counter() - between))
         return statistics.median(ratios)
 

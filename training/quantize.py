@@ -168,10 +168,15 @@ def _before_network(model: onnx.ModelProto) -> Iterator[str]:
 
 
 def _first_and_last(model: onnx.ModelProto) -> list[str]:
-    layers = _named(model, "Conv", "Gemm", "MatMul")
-    convolutions = _named(model, "Conv")
-    return [convolutions[0], layers[-1]]
+    """The first convolution; the last layer and all that follows it, which is the softmax: its
+    output in 256 steps would not sum to 1."""
+    last = max(
+        place
+        for place, node in enumerate(model.graph.node)
+        if node.op_type in ("Conv", "Gemm", "MatMul")
+    )
+    return [_named(model, "Conv")[0], *(node.name for node in model.graph.node[last:])]
 
 
-def _named(model: onnx.ModelProto, *kinds: str) -> list[str]:
-    return [node.name for node in model.graph.node if node.op_type in kinds]
+def _named(model: onnx.ModelProto, kind: str) -> list[str]:
+    return [node.name for node in model.graph.node if node.op_type == kind]

@@ -1,9 +1,11 @@
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
 
+from tinyserve.engine import read_card
 from tinyserve.errors import GateError
 from tinyserve.modelfile import ModelCard, write_model
 from training import checkpoint, data, export, gate
@@ -102,6 +104,18 @@ def test_what_computes_something_else_is_stopped(model, network, dataset, change
         gate_of(change(network), dataset).check(model, "fp32")
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_probabilities_must_sum_to_1(model, network, dataset):
+    graph = onnx.load(model)
+    softmax = next(node for node in graph.graph.node if node.op_type == "Softmax")
+    softmax.op_type = "Sigmoid"
+    del softmax.attribute[:]
+    card = read_card(model)
+    del graph.metadata_props[:]
+    write_model(model, graph.SerializeToString(), card)
+    with pytest.raises(GateError, match="do not sum to 1"):
+        gate_of(network, dataset).check(model, "int8")
 
 
 def test_half_precision_may_differ_a_little_but_not_in_its_answers(model, network, dataset):
