@@ -27,10 +27,10 @@ from training.models import ARCHS
 from training.recipes import Recipe
 from training.run import Config, Row
 
-CPU_PIXELS = 64 * 64 * 64
-"""On a CPU a batch goes through the network in equal parts of at most this many pixels, 64 images
-of 64 x 64: so much keeps the activations below 4 GB, and larger parts are no faster. Batch norm
-then takes its statistics from a part."""
+CPU_PIXELS = 40 * 64 * 64
+"""On a CPU a batch goes through the network in equal parts of at most this many pixels, 40 images
+of 64 x 64: so much keeps the modern recipe's peak at 3.3 GB, and larger parts are no faster. Batch
+norm then takes its statistics from a part."""
 
 REFIT_IMAGES = 1024
 """Training images that give the batch norms of weights to start from their first statistics."""
