@@ -37,7 +37,7 @@ train() {
         "$python" -m training.fit "$@" "${extra[@]}" --out "$run" "${go_on[@]}"
         [ -e "$run/weights.pt" ] || { echo "out of time in $name: run this again to go on"; exit 0; }
     fi
-    "$python" -m training.report "$records" --keep "$run" -o "$results" --figures "$figures" >/dev/null
+    [ -e "$records/$name/result.json" ] || "$python" -m training.report "$records" --keep "$run" -o "$results" --figures "$figures" >/dev/null
 }
 
 # The best network first: it teaches the others, and then itself.

@@ -16,6 +16,7 @@ import statistics
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,32 +31,32 @@ from training.run import Config
 from training.trainer import Trainer
 
 
-class Limit(Trainer):
-    """A trainer that is fed the same batch again and again."""
-
-    _fixed: dict[int, tuple[Tensor, Tensor]]
+class Fed(Trainer):
+    """A trainer that draws no crops."""
 
     def _boxes(self) -> augment.Boxes:
         return augment.placed_crops(
             self.batch_size, *self.images.shape[1:3], self.config.recipe.crop, self.device
         )
 
+
+class Limit(Fed):
+    """A trainer that is fed the same batch again and again."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._known: dict[int, tuple[Tensor, Tensor]] = {}
+
     def _batch(self, indices: Tensor, boxes: augment.Boxes) -> tuple[Tensor, Tensor]:
-        known = self.__dict__.setdefault("_fixed", {})
-        if len(indices) not in known:
-            known[len(indices)] = super()._batch(indices, boxes)
-        return known[len(indices)]
+        if len(indices) not in self._known:
+            self._known[len(indices)] = super()._batch(indices, boxes)
+        return self._known[len(indices)]
 
 
-class Usual(Trainer):
+class Usual(Fed):
     """A trainer that is fed by torchvision."""
 
     loader: Iterator[tuple[Tensor, Tensor]]
-
-    def _boxes(self) -> augment.Boxes:
-        return augment.placed_crops(
-            self.batch_size, *self.images.shape[1:3], self.config.recipe.crop, self.device
-        )
 
     def _parts(self) -> int:
         return 1

@@ -22,6 +22,7 @@ from tinyserve.modelfile import (
     Golden,
     Label,
     ModelCard,
+    candidate,
     write_model,
 )
 
@@ -73,36 +74,35 @@ def adopt(
         parameters=sum(int(np.prod(tensor.dims)) for tensor in model.graph.initializer),
         training=None,
     )
-    candidate = output.with_name(f".{output.name}.candidate")
     try:
-        write_model(candidate, graph, card)
-        found = Engine(candidate, device="cpu")
-        answers = {batch: found.run(images[:batch]) for batch in BATCHES}
-        difference = max(
-            float(np.abs(rows - reference[:batch]).max()) for batch, rows in answers.items()
-        )
-        agreement = float((answers[max(BATCHES)].argmax(1) == reference.argmax(1)).mean())
-        if not difference <= MAX_DIFFERENCE:
-            raise GateError(f"a probability differs by {difference:.2g} from what {source} gives")
-        evidence = Evidence(
-            provider=found.provider,
-            reference=f"{source.name}, ONNX Runtime, preprocessed outside",
-            images=len(images),
-            batch_sizes=BATCHES,
-            top1_agreement=agreement,
-            max_difference=difference,
-            val_images=0,
-            correct_top1=0,
-            correct_top5=0,
-            onnxruntime=ort.__version__,
-        )
-        golden = Golden.of(images, answers[max(BATCHES)], tolerance=GOLDEN_TOLERANCE)
-        card = write_model(candidate, graph, replace(card, evidence=(evidence,), golden=golden))
-        candidate.replace(output)
+        with candidate(output) as path:
+            write_model(path, graph, card)
+            engine = Engine(path, device="cpu")
+            answers = {batch: engine.run(images[:batch]) for batch in BATCHES}
+            difference = max(
+                float(np.abs(rows - reference[:batch]).max()) for batch, rows in answers.items()
+            )
+            agreement = float((answers[max(BATCHES)].argmax(1) == reference.argmax(1)).mean())
+            if not difference <= MAX_DIFFERENCE:
+                raise GateError(
+                    f"a probability differs by {difference:.2g} from what {source} gives"
+                )
+            evidence = Evidence(
+                provider=engine.provider,
+                reference=f"{source.name}, ONNX Runtime, preprocessed outside",
+                images=len(images),
+                batch_sizes=BATCHES,
+                top1_agreement=agreement,
+                max_difference=difference,
+                val_images=0,
+                correct_top1=0,
+                correct_top5=0,
+                onnxruntime=ort.__version__,
+            )
+            golden = Golden.of(images, answers[max(BATCHES)], tolerance=GOLDEN_TOLERANCE)
+            card = write_model(path, graph, replace(card, evidence=(evidence,), golden=golden))
     except OSError as error:
         raise UsageError(f"cannot write {output}: {error.strerror}") from error
-    finally:
-        candidate.unlink(missing_ok=True)
     return card
 
 

@@ -104,6 +104,7 @@ def classify(arguments: argparse.Namespace) -> int:
 
 def models(arguments: argparse.Namespace) -> int:
     found = installed_models()
+    default = _default_file()
     if not found:
         raise ModelFileError(f"no models in {', '.join(map(str, search_folders()))}")
     cards: dict[str, ModelCard] = {}
@@ -125,7 +126,7 @@ def models(arguments: argparse.Namespace) -> int:
             "size",
             "file",
         )
-        rows = [_model_row(name, found[name], cards[name]) for name in cards]
+        rows = [_model_row(name, found[name], cards[name], default) for name in cards]
         _print_columns([header, *rows])
         print("* what classify uses without -m; top-1 on the validation images, see tinyserve info")
     return 0 if len(cards) == len(found) else ModelFileError.exit_code
@@ -147,9 +148,11 @@ def _model_document(name: str, path: Path, card: ModelCard) -> dict[str, Any]:
     }
 
 
-def _model_row(name: str, path: Path, card: ModelCard) -> tuple[str, str, str, str, str, str, str]:
+def _model_row(
+    name: str, path: Path, card: ModelCard, default: Path | None
+) -> tuple[str, str, str, str, str, str, str]:
     return (
-        name + ("*" if _is_default(path) else ""),
+        name + ("*" if path == default else ""),
         card.precision,
         f"{card.parameters / 1e6:.2f} M",
         str(len(card.labels)),
@@ -367,11 +370,12 @@ def _file_of(model: str) -> Path:
     return find_model(model, preferred_precisions())
 
 
-def _is_default(path: Path) -> bool:
+def _default_file() -> Path | None:
+    """Of the default model; None where it is not installed."""
     try:
-        return path == _file_of(DEFAULT_MODEL)
-    except ModelFileError:  # it is not installed
-        return False
+        return _file_of(DEFAULT_MODEL)
+    except ModelFileError:
+        return None
 
 
 def _model_name(model: str) -> str:

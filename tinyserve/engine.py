@@ -1,6 +1,7 @@
 """One model file in one ONNX Runtime session, and the truth about the device that runs it."""
 
 import ctypes
+import functools
 import logging
 import math
 import os
@@ -52,9 +53,7 @@ class Engine:
         threads: int | None = None,
         self_test: bool = True,
     ) -> None:
-        device = device or os.environ.get("TINYSERVE_DEVICE") or "auto"
-        if device not in DEVICES:
-            raise UsageError(f"unknown device {device!r} (known: {', '.join(DEVICES)})")
+        device = _wanted_device(device)
         options = session_options(threads or default_threads())
         self.path = Path(path)
         self.fallback = None
@@ -118,6 +117,13 @@ def read_card(path: str | os.PathLike[str]) -> ModelCard:
     return _card(Path(path), _open(Path(path), options, [CPU]))
 
 
+def _wanted_device(device: str | None) -> str:
+    device = device or os.environ.get("TINYSERVE_DEVICE") or "auto"
+    if device not in DEVICES:
+        raise UsageError(f"unknown device {device!r} (known: {', '.join(DEVICES)})")
+    return device
+
+
 def session_options(threads: int) -> ort.SessionOptions:
     """How models are run on the CPU, with so many threads."""
     options = ort.SessionOptions()
@@ -132,8 +138,7 @@ def session_options(threads: int) -> ort.SessionOptions:
 def preferred_precisions(device: str | None = None) -> tuple[str, ...]:
     """Precisions by how well they suit a device, ``device`` as for :class:`Engine`: on CUDA half
     precision is the fastest, on CPUs 8 bits."""
-    device = device or os.environ.get("TINYSERVE_DEVICE") or "auto"
-    if device != "cpu" and cuda_problem() is None:
+    if _wanted_device(device) != "cpu" and cuda_problem() is None:
         return ("fp16", "fp32", "int8")
     return ("int8", "fp32", "fp16")
 
@@ -162,6 +167,7 @@ def default_threads() -> int:
         return cores
 
 
+@functools.cache
 def cuda_problem() -> str | None:
     """Why CUDA cannot run here, as far as the driver tells; None if it seems that it can.
 

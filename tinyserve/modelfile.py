@@ -6,13 +6,14 @@ under :data:`METADATA_KEY` in the ONNX metadata. Its graph has one input, ``imag
 """
 
 import base64
+import contextlib
 import dataclasses
 import hashlib
 import json
 import mmap
 import os
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -220,6 +221,19 @@ def write_model(path: Path, graph: bytes, card: ModelCard) -> ModelCard:
     return card
 
 
+@contextlib.contextmanager
+def candidate(path: Path) -> Iterator[Path]:
+    """A file to write and to test under a name that nobody looks for: it takes the place of
+    ``path`` if nothing is raised, and is removed otherwise."""
+    hidden = path.with_name(f".{path.name}.candidate")
+    try:
+        yield hidden
+        os.replace(hidden, path)
+    finally:
+        with contextlib.suppress(OSError):
+            hidden.unlink()
+
+
 def check_graph(path: Path, card: ModelCard) -> None:
     """Raise :class:`GateError` unless the graph in a file is the one that its card describes."""
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
@@ -265,11 +279,13 @@ def installed_models() -> dict[str, Path]:
 
 def model_names() -> list[str]:
     """The models found, each once whatever the number of its precisions."""
-    known = tuple(f".{precision}" for precision in PRECISIONS)
-    names = (
-        name.rpartition(".")[0] if name.endswith(known) else name for name in installed_models()
-    )
-    return list(dict.fromkeys(names))
+    return list(dict.fromkeys(_without_precision(name)[0] for name in installed_models()))
+
+
+def _without_precision(name: str) -> tuple[str, str | None]:
+    """A file's name without the precision at its end, and that; fp32 is not in a name."""
+    base, _, ending = name.rpartition(".")
+    return (base, ending) if base and ending in PRECISIONS[1:] else (name, None)
 
 
 def find_model(name: str, precisions: Sequence[str] = PRECISIONS) -> Path:
@@ -282,10 +298,13 @@ def find_model(name: str, precisions: Sequence[str] = PRECISIONS) -> Path:
     if name.endswith(".onnx") or os.sep in name:
         return Path(name)
     models = installed_models()
-    variants = {precision: f"{name}.{precision}" for precision in PRECISIONS} | {"fp32": name}
-    found = [models[variants[p]] for p in precisions if variants[p] in models]
-    # The name of one file, whatever it is called.
-    found += [models[name]] if name in models and "." in name else []
+    base, named = _without_precision(name)
+    variants = {
+        precision: base if precision == "fp32" else f"{base}.{precision}"
+        for precision in ([named] if named else precisions)
+        if precision in precisions
+    }
+    found = [models[variant] for variant in variants.values() if variant in models]
     if not found:
         known = ", ".join(models) or f"none; looked in {', '.join(map(str, search_folders()))}"
         of = "" if set(precisions) == set(PRECISIONS) else f" in {' or '.join(precisions)}"

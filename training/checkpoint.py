@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import os
 import zipfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -137,19 +138,30 @@ def load_weights(folder: Path) -> Weights:
         raise CheckpointError(f"{path} is not the weights of a run ({error})") from error
 
 
-def save(path: Path, document: dict[str, Any]) -> None:
-    """Write a checkpoint so that ``path`` is at every moment the old one or the new one, whole."""
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Another path to write to, which takes the place of ``path`` at the end.
+
+    ``path`` is at every moment the old file or the new one, whole. Raises :class:`CheckpointError`
+    where that cannot be written.
+    """
     partial = path.with_name(path.name + ".partial")
     try:
-        with partial.open("wb") as file:
-            torch.save(document, file)
-            file.flush()
-            os.fsync(file.fileno())
+        yield partial
         os.replace(partial, path)
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError) as error:  # PyTorch raises the latter
         with contextlib.suppress(OSError):
             partial.unlink()
-        raise CheckpointError(f"cannot write {path}: {error}") from error
+        reason = getattr(error, "strerror", None) or error
+        raise CheckpointError(f"cannot write {path}: {reason}") from error
+
+
+def save(path: Path, document: dict[str, Any]) -> None:
+    """Write a checkpoint, see :func:`replacing`."""
+    with replacing(path) as partial, partial.open("wb") as file:
+        torch.save(document, file)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def load(path: Path) -> dict[str, Any]:

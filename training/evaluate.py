@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from training import augment
+from training import augment, hardware
 
 BATCH = 64
 
@@ -153,7 +153,7 @@ def view_accuracy(
     network.eval()
     with (
         torch.inference_mode(),
-        torch.autocast(device.type, dtype=precision, enabled=precision != torch.float32),
+        hardware.autocast(device, precision),
     ):
         for indices in _batches(len(labels)):
             pixels = augment.normalise(images[indices], mean, std)

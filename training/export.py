@@ -12,11 +12,10 @@ network does in PyTorch; otherwise it is removed and the exit code is 4.
 import argparse
 import json
 import logging
-import os
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,6 +30,7 @@ from tinyserve.modelfile import (
     OUTPUT_NAME,
     Golden,
     ModelCard,
+    candidate,
     write_model,
 )
 from training import data, pretrained, quantize
@@ -141,23 +141,17 @@ def _converted(
 
 def _write_through(gate: Gate, path: Path, graph: onnx.ModelProto, card: ModelCard) -> None:
     """Make a file appear at ``path`` if it passes the gate; otherwise leave what was there."""
-    # The gate runs the very file that will be kept, under a name that nobody looks for.
-    candidate = path.with_name(f".{path.name}.candidate")
     content = graph.SerializeToString()
     bounds = BOUNDS[card.precision]
-    try:
-        write_model(candidate, content, card)
-        onnx.checker.check_model(candidate, full_check=True)
-        evidence = gate.check(candidate, card.precision)
+    with candidate(path) as hidden:  # the gate runs the very file that will be kept
+        write_model(hidden, content, card)
+        onnx.checker.check_model(hidden, full_check=True)
+        evidence = gate.check(hidden, card.precision)
         images = gate.images[spread(len(gate.images), GOLDEN_IMAGES)]
-        answers = Engine(candidate, device="cpu").run(images)
+        answers = Engine(hidden, device="cpu").run(images)
         golden = Golden.of(images, answers, tolerance=bounds.golden_tolerance)
-        write_model(candidate, content, replace(card, evidence=evidence, golden=golden))
-        Engine(candidate, device="cpu")
-        os.replace(candidate, path)
-    finally:
-        with suppress(OSError):
-            candidate.unlink()
+        write_model(hidden, content, replace(card, evidence=evidence, golden=golden))
+        Engine(hidden, device="cpu")
 
 
 def to_onnx(served: ServedNetwork, image_size: int) -> onnx.ModelProto:

@@ -4,7 +4,7 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -74,11 +74,8 @@ class Gate:
             chosen.append(dataset.train.images[spread(len(dataset.train), missing)])
         self.images = np.concatenate(chosen)
         with torch.inference_mode():
-            self._expected = np.concatenate(
-                [
-                    served(torch.from_numpy(part)).numpy()
-                    for part in _split(self.images, max(GATE_BATCHES))
-                ]
+            self._expected = in_batches(
+                lambda part: served(torch.from_numpy(part)).numpy(), self.images, max(GATE_BATCHES)
             )
         self._fp32 = graph.SerializeToString()
         self._fp32_correct: int | None = None
@@ -125,12 +122,14 @@ class Gate:
         agreement, difference = 1.0, 0.0
         where = f"{precision} on {device_name(engine.provider)}"
         for batch in GATE_BATCHES:
-            found = _run(engine, self.images, batch, f"{precision}, batches of {batch}")
+            found = in_batches(engine.run, self.images, batch, f"{precision}, batches of {batch}")
             if not np.allclose(found.sum(axis=1), 1, atol=SUM_TOLERANCE):
                 raise GateError(f"{where}: the probabilities of an image do not sum to 1")
             agreement = min(agreement, float((found.argmax(1) == self._expected.argmax(1)).mean()))
             difference = max(difference, float(np.abs(found - self._expected).max()))
-        answers = _run(engine, self.val.images, max(GATE_BATCHES), f"{precision}, accuracy")
+        answers = in_batches(
+            engine.run, self.val.images, max(GATE_BATCHES), f"{precision}, accuracy"
+        )
         labels = self.val.labels[:, None]
         best = np.argsort(-answers, axis=1, kind="stable")[:, :5] == labels
         correct, among_five = int(best[:, 0].sum()), int(best.sum())
@@ -157,27 +156,18 @@ class Gate:
     def _fp32_accuracy(self) -> int:
         """Right answers of the graph in single precision, on the CPU."""
         if self._fp32_correct is None:
-            session = self._fp32_session()
-            correct = 0
-            for start in range(0, len(self.val), max(GATE_BATCHES)):
-                part = slice(start, start + max(GATE_BATCHES))
-                (rows,) = session.run([OUTPUT_NAME], {INPUT_NAME: self.val.images[part]})
-                correct += int((np.asarray(rows).argmax(1) == self.val.labels[part]).sum())
-            self._fp32_correct = correct
+            rows = in_batches(runner(self._fp32), self.val.images, max(GATE_BATCHES))
+            self._fp32_correct = int((rows.argmax(1) == self.val.labels).sum())
         return self._fp32_correct
-
-    def _fp32_session(self) -> ort.InferenceSession:
-        options = session_options(default_threads())
-        return ort.InferenceSession(self._fp32, options, providers=[CPU])
 
     def _speed_ratio(self, engine: Engine, batch: int) -> float:
         """Over fp32; by turns, so that what else the machine does slows both."""
-        session = self._fp32_session()
+        fp32 = runner(self._fp32)
         images = self.images[:batch]
         ratios = []
         for _ in range(SPEED_ROUNDS):
             began = time.perf_counter()
-            session.run([OUTPUT_NAME], {INPUT_NAME: images})
+            fp32(images)
             between = time.perf_counter()
             engine.run(images)
             ratios.append((between - began) / (time.perf_counter() - between))
@@ -188,12 +178,26 @@ def spread(count: int, wanted: int) -> NDArray[np.int64]:
     return np.linspace(0, count - 1, min(count, wanted)).round().astype(np.int64)
 
 
-def _split(images: NDArray[np.uint8], batch: int) -> Iterator[NDArray[np.uint8]]:
-    for start in range(0, len(images), batch):
-        yield images[start : start + batch]
+Run = Callable[[NDArray[np.uint8]], NDArray[np.float32]]
+"""Images, uint8 ``[n, size, size, 3]``, to probabilities, ``[n, classes]``."""
 
 
-def _run(engine: Engine, images: NDArray[np.uint8], batch: int, what: str) -> NDArray[np.float32]:
-    """Probabilities of all images, ``[n, classes]``."""
-    parts = tqdm(list(_split(images, batch)), desc=what, disable=None, leave=False)
-    return np.concatenate([engine.run(part) for part in parts])
+def runner(graph: bytes) -> Run:
+    """A serialized graph, ready to run on the CPU as it is served there."""
+    session = ort.InferenceSession(graph, session_options(default_threads()), providers=[CPU])
+
+    def run(images: NDArray[np.uint8]) -> NDArray[np.float32]:
+        (rows,) = session.run([OUTPUT_NAME], {INPUT_NAME: images})
+        return np.asarray(rows)
+
+    return run
+
+
+def in_batches(
+    run: Run, images: NDArray[np.uint8], batch: int, what: str | None = None
+) -> NDArray[np.float32]:
+    """Probabilities of all images, run ``batch`` at a time; ``what`` is said beside a progress bar,
+    without it there is none."""
+    parts = np.array_split(images, range(batch, len(images), batch))
+    bar = tqdm(parts, desc=what, disable=None if what else True, leave=False)
+    return np.concatenate([run(part) for part in bar])

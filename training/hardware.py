@@ -42,6 +42,11 @@ def precision(name: str, device: torch.device) -> str:
     return "bf16" if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else "fp32"
 
 
+def autocast(device: torch.device, precision: torch.dtype) -> torch.autocast:
+    """Arithmetic in a precision, where it is a lower one than single."""
+    return torch.autocast(device.type, precision, enabled=precision != torch.float32)
+
+
 def keep_freed_memory() -> None:
     """Have the C library keep freed memory for the next step, where it is glibc.
 

@@ -1,6 +1,6 @@
 """A trained network to start from or to learn from, read from a run's folder or a model file.
 
-An exported file holds each batch norm folded into the layer before it. :func:`load_network` reads
+An exported file holds each batch norm folded into the layer before it. :func:`load` reads
 such a network back with its batch norms as identities plus a bias, which computes the same in
 evaluation mode; :func:`refit_norms` then makes them real ones again, for further training.
 """
@@ -196,10 +196,11 @@ def start_from(model: nn.Module, weights: checkpoint.Weights, classes: tuple[Lab
     """
     own = model.state_dict()
     same_classes = weights.labels == classes
+    classifier = _classifier(model)
     taken = {
         name: value
         for name, value in weights.state.items()
-        if same_classes or not name.startswith(_classifier(model))
+        if same_classes or not name.startswith(classifier)
     }
     if misfits := [
         name for name, value in taken.items() if name not in own or own[name].shape != value.shape

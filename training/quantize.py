@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-import onnxruntime as ort
 from numpy.typing import NDArray
 from onnx import numpy_helper
 from onnxruntime.quantization import (
@@ -21,7 +20,8 @@ from onnxruntime.quantization import (
     quantize_static,
 )
 
-from tinyserve.modelfile import INPUT_NAME, OUTPUT_NAME
+from tinyserve.modelfile import INPUT_NAME
+from training.gate import in_batches, runner
 
 CALIBRATION_IMAGES = 256
 CHOICE_IMAGES = 1000
@@ -152,10 +152,8 @@ class _Images(CalibrationDataReader):  # type: ignore[misc]
 
 def _answers(model: onnx.ModelProto, images: NDArray[np.uint8]) -> NDArray[np.int64]:
     """Top-1 of every image."""
-    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-    batches = np.array_split(images, range(_BATCH, len(images), _BATCH))
-    rows = [session.run([OUTPUT_NAME], {INPUT_NAME: batch})[0] for batch in batches]
-    best: NDArray[np.int64] = np.concatenate(rows).argmax(axis=1)
+    rows = in_batches(runner(model.SerializeToString()), images, _BATCH)
+    best: NDArray[np.int64] = rows.argmax(axis=1)
     return best
 
 

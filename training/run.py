@@ -6,15 +6,13 @@ import io
 import json
 import platform
 import subprocess
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from tinyserve.errors import CheckpointError, UsageError
+from tinyserve.errors import UsageError
 from training import checkpoint, hardware
 from training.data import Dataset
 from training.distributed import ALONE, Workers
@@ -113,15 +111,15 @@ class Run:
         writer = csv.DictWriter(buffer, fieldnames=list(history[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(history)
-        with _replacing(self.folder / "history.csv") as partial:
+        with checkpoint.replacing(self.folder / "history.csv") as partial:
             partial.write_text(buffer.getvalue(), encoding="utf-8")
-        with _replacing(self.folder / "curves.png") as partial:
+        with checkpoint.replacing(self.folder / "curves.png") as partial:
             draw_curves(partial, title, history, recipe)
 
     def write_json(self, name: str, document: Any) -> None:
         """Replace a JSON file, in one step."""
         if self._writes:
-            with _replacing(self.folder / name) as partial:
+            with checkpoint.replacing(self.folder / name) as partial:
                 partial.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
 
     def _check_identity(self, saved: dict[str, Any]) -> None:
@@ -154,19 +152,6 @@ def commit() -> str | None:
     except (OSError, subprocess.CalledProcessError):
         return None
     return run.stdout.strip()
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """Another path to write to, which takes the place of ``path`` at the end."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        yield partial
-        partial.replace(path)
-    except OSError as error:
-        with suppress(OSError):
-            partial.unlink()
-        raise CheckpointError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 def _environment() -> dict[str, Any]:

@@ -16,13 +16,12 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchvision.transforms import v2
 
 from tinyserve.errors import UsageError
-from training import augment, pretrained
+from training import augment, hardware, pretrained
 from training.checkpoint import Weights
 from training.data import Dataset
 from training.distill import Teacher, divergence
 from training.distributed import ALONE, Workers
 from training.evaluate import Score, view_accuracy
-from training.hardware import PRECISIONS
 from training.models import ARCHS
 from training.recipes import Recipe
 from training.run import Config, Row
@@ -131,7 +130,7 @@ class Trainer:
             nesterov=recipe.nesterov,
             fused=True,
         )
-        self.precision = PRECISIONS[config.precision]
+        self.precision = hardware.PRECISIONS[config.precision]
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == torch.float16)
         self.step = 0
         self._start_epoch()
@@ -260,13 +259,13 @@ class Trainer:
         self._seconds_before = state["seconds"]
 
     def _refit_norms(self) -> None:
-        size = self.config.recipe.training_size(0, self.steps_per_epoch)
+        recipe = self.config.recipe
+        self.size = recipe.training_size(0, self.steps_per_epoch)
         some = self.subset[:: math.ceil(len(self.subset) / REFIT_IMAGES)]
-        pixels = augment.normalise(self.images[some], self.mean, self.std)
-        count, height, width, _ = pixels.shape
-        crop = self.config.recipe.crop
-        boxes = augment.placed_crops(count, height, width, crop, self.device)
-        pretrained.refit_norms(self.model, augment.extract(pixels, boxes, size))
+        _, height, width, _ = self.images.shape
+        boxes = augment.placed_crops(len(some), height, width, recipe.crop, self.device)
+        x, _ = self._batch(some, boxes)
+        pretrained.refit_norms(self.model, x)
 
     def _start_epoch(self) -> None:
         self._order = None
@@ -313,9 +312,7 @@ class Trainer:
         ``targets`` is labels ``[N]``, or probabilities ``[N, classes]`` where images were mixed.
         """
         recipe = self.config.recipe
-        with torch.autocast(
-            self.device.type, self.precision, enabled=self.precision != torch.float32
-        ):
+        with hardware.autocast(self.device, self.precision):
             outputs = self._network(x)
         logits, *auxiliary = outputs if isinstance(outputs, tuple) else (outputs,)
         logits = logits.float()
@@ -323,12 +320,7 @@ class Trainer:
         loss = F.cross_entropy(logits, targets, label_smoothing=smoothing)
         if self.teacher is not None:
             temperature = recipe.distill_temperature
-            with (
-                torch.no_grad(),
-                torch.autocast(
-                    self.device.type, self.precision, enabled=self.precision != torch.float32
-                ),
-            ):
+            with torch.no_grad(), hardware.autocast(self.device, self.precision):
                 wanted = self.teacher(x, temperature)
             weight = recipe.distill_weight
             loss = (1 - weight) * loss + weight * divergence(logits, wanted, temperature)
