@@ -144,4 +144,4 @@ def test_threads_may_share_a_classifier(classifier, samples):
 def test_results_are_immutable(classifier, samples):
     (result,) = classifier.classify_many([str(samples / "teapot" / "val_568.JPEG")])
     with pytest.raises(dataclasses.FrozenInstanceError):
-        result.path = "other"
+        result.error = "other"

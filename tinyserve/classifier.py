@@ -34,13 +34,18 @@ class Result:
     """What became of one input. ``predictions`` are the likeliest classes, best first; empty and
     with ``error`` set where the input is no usable image."""
 
-    path: str
+    input: Input
     error: str | None
     predictions: tuple[Prediction, ...]
     label: Label | None
     """The class that the input is known to show, if that is a class of the model."""
     rank: int | None
     """How many classes were thought likelier than the label; None without label or predictions."""
+
+    @property
+    def path(self) -> str:
+        """The input's, as it was found."""
+        return self.input.path
 
     @property
     def correct(self) -> bool | None:
@@ -104,11 +109,11 @@ class Classifier:
                 index = self.label_index(item.label)
                 label = None if index is None else self.card.labels[index]
                 if isinstance(image, ImageError):
-                    yield Result(item.path, str(image), (), label, None)
+                    yield Result(item, str(image), (), label, None)
                     continue
                 row = next(rows)
                 rank = None if index is None else _rank(row, index)
-                yield Result(item.path, None, self._top(row, k), label, rank)
+                yield Result(item, None, self._top(row, k), label, rank)
 
     def _decoded_batches(
         self, inputs: Iterable[Input | str], batch_size: int
@@ -132,7 +137,7 @@ class Classifier:
 
     def _decode(self, item: Input) -> NDArray[np.uint8] | ImageError:
         try:
-            return images.load(item.path, size=self.card.image_size)
+            return images.load(item.read(), size=self.card.image_size)
         except ImageError as error:
             return error
 

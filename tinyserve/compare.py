@@ -72,7 +72,8 @@ def compare(
         truth: list[Label] = []
         for item, label in batch:
             try:
-                loaded = {size: images.load(item.path, size=size) for size in sizes}
+                data = item.read()
+                loaded = {size: images.load(data, size=size) for size in sizes}
             except ImageError:
                 unreadable += 1
                 continue

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from tinyserve import images
 from tinyserve.errors import DataError
 from tinyserve.images import SUFFIXES
 
@@ -31,6 +32,10 @@ class Input:
     label: str | None
     """What the layout says it shows (a wnid or a folder's name), if it says anything. Whether that
     is a class of the model is for the model to decide."""
+
+    def read(self) -> bytes:
+        """The image file; :class:`~tinyserve.errors.ImageError` where it cannot be read."""
+        return images.read(self.path)
 
 
 def find_inputs(paths: Sequence[str]) -> list[Input]:
