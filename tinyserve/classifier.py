@@ -1,5 +1,6 @@
 """The one predictor: images in, predictions out. Everything that serves goes through it."""
 
+import dataclasses
 import itertools
 import os
 from collections import deque
@@ -41,6 +42,8 @@ class Result:
     """The class that the input is known to show, if that is a class of the model."""
     rank: int | None
     """How many classes were thought likelier than the label; None without label or predictions."""
+    unknown: bool = False
+    """Whether the first prediction is not likely enough to be an answer."""
 
     @property
     def path(self) -> str:
@@ -51,6 +54,16 @@ class Result:
     def correct(self) -> bool | None:
         """Whether the first prediction is the label; a failed input is not. None without label."""
         return None if self.label is None else self.rank == 0
+
+    @property
+    def status(self) -> str:
+        """``ok``, ``unknown`` or ``error``: exactly one of them."""
+        return "error" if self.error is not None else "unknown" if self.unknown else "ok"
+
+    def at_least(self, confidence: float) -> "Result":
+        """The same, ``unknown`` if its first prediction is less likely than ``confidence``."""
+        below = bool(self.predictions) and self.predictions[0].probability < confidence
+        return dataclasses.replace(self, unknown=below)
 
 
 class Classifier:

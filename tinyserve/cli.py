@@ -18,10 +18,12 @@ from typing import Any
 from tqdm import tqdm
 
 from tinyserve import compare as comparison
+from tinyserve import htmlreport
 from tinyserve import verify as verification
 from tinyserve.adopt import adopt as adopt_model
 from tinyserve.adopt import read_labels
 from tinyserve.classifier import Classifier
+from tinyserve.confidence import in_words, operating_point
 from tinyserve.dataset import find_inputs
 from tinyserve.engine import DEVICES, device_name, preferred_precisions, read_card
 from tinyserve.errors import ModelFileError, TinyserveError, UsageError
@@ -35,7 +37,7 @@ from tinyserve.modelfile import (
     search_folders,
 )
 from tinyserve.output import FORMATS, format_of, open_output, writer
-from tinyserve.report import Summary, Tally
+from tinyserve.report import Statistics, Summary, Tally
 from tinyserve.triton import write_repository
 
 SOME_FAILED = 3
@@ -72,7 +74,16 @@ def classify(arguments: argparse.Namespace) -> int:
         device=arguments.device,
         self_test=not arguments.no_self_test,
     )
+    threshold = arguments.min_confidence
+    if arguments.target_precision is not None:
+        point = operating_point(classifier.card, arguments.target_precision)
+        threshold = point.threshold
+        print(f"tinyserve: {in_words(point, classifier.card)}", file=sys.stderr)
     tally = Tally()
+    statistics = None
+    if arguments.report is not None:
+        htmlreport.make_folder(arguments.report)
+        statistics = Statistics(classifier.card)
     start = time.perf_counter()
     with open_output(arguments.output) as stream:
         write = writer(format_, stream, inputs, arguments.topk)
@@ -82,14 +93,19 @@ def classify(arguments: argparse.Namespace) -> int:
         # On a terminal the rows themselves show the progress; a bar would run through them.
         quiet = True if stream.isatty() else None
         for result in tqdm(results, total=len(inputs), unit="image", disable=quiet, leave=False):
+            if threshold is not None:
+                result = result.at_least(threshold)
             tally.add(result)
             write(result)
+            if statistics is not None:
+                statistics.add(result)
         stream.flush()
     summary = tally.summary(
         model=_model_name(arguments.model),
         precision=classifier.card.precision,
         provider=classifier.engine.provider,
         seconds=time.perf_counter() - start,
+        min_confidence=threshold,
     )
     for line in _summary_lines(summary):
         print(line, file=sys.stderr)
@@ -99,6 +115,9 @@ def classify(arguments: argparse.Namespace) -> int:
             Path(arguments.summary).write_text(document)
         except OSError as error:
             raise UsageError(f"cannot write {arguments.summary}: {error.strerror}") from error
+    if statistics is not None:
+        htmlreport.write_report(arguments.report, statistics.report(summary, arguments.paths))
+        print(f"report: {arguments.report / htmlreport.PAGE}", file=sys.stderr)
     return SOME_FAILED if summary.failed else 0
 
 
@@ -329,6 +348,14 @@ def _card_lines(path: Path, card: ModelCard) -> Iterator[tuple[str, str]]:
             f"{entry.images:,} images, batches of {', '.join(map(str, entry.batch_sizes))}; "
             f"largest difference of a probability {entry.max_difference:.1e}{accuracy}",
         )
+    if calibration := card.calibration:
+        yield (
+            "calibration",
+            f"temperature {calibration.temperature:.3f}, fitted on "
+            f"{calibration.fitted_images:,} images of {calibration.source}; expected calibration "
+            f"error on {calibration.images:,} others {100 * calibration.ece:.1f} points, "
+            f"{100 * calibration.ece_before:.1f} without",
+        )
     if golden := card.golden:
         yield (
             "self-test",
@@ -356,6 +383,19 @@ def _summary_lines(summary: Summary) -> Iterator[str]:
             f"{summary.labelled:,} labelled; 95 % {100 * low:.2f} to {100 * high:.2f}), "
             f"top-5 {100 * summary.top5:.2f} %"
         )
+    if summary.min_confidence is not None and summary.coverage is not None:
+        line = (
+            f"decided at {summary.min_confidence:.2f} or more: {summary.ok:,}, "
+            f"{100 * summary.coverage:.2f} %; {summary.unknown:,} unknown"
+        )
+        if summary.decided_top1 is not None and summary.decided_top1_ci95 is not None:
+            low, high = summary.decided_top1_ci95
+            line += (
+                f"; top-1 of the decided {100 * summary.decided_top1:.2f} % "
+                f"(of {summary.decided_labelled:,} labelled; "
+                f"95 % {100 * low:.2f} to {100 * high:.2f})"
+            )
+        yield line
 
 
 def _print_columns(rows: Sequence[Sequence[str]]) -> None:
@@ -387,6 +427,13 @@ def _three_numbers(text: str) -> list[float]:
     if len(numbers) != 3:
         raise argparse.ArgumentTypeError("must be three numbers, separated by commas")
     return numbers
+
+
+def _share(text: str) -> float:
+    number = float(text)
+    if not 0 <= number <= 1:
+        raise argparse.ArgumentTypeError("must be from 0 to 1")
+    return number
 
 
 def _at_least_one(text: str) -> int:
@@ -425,6 +472,15 @@ def _parser() -> argparse.ArgumentParser:
     add("--format", choices=FORMATS, help="default: table, or by the suffix of -o")
     add("-o", "--output", metavar="FILE", help="write the rows here instead of to stdout")
     add("--summary", metavar="FILE", help="write the summary here, too, as JSON")
+    add("--report", type=Path, metavar="DIR", help="write a page with all figures into this folder")
+    least = command.add_mutually_exclusive_group().add_argument
+    least("--min-confidence", type=_share, metavar="P", help="what is less sure becomes unknown")
+    least(
+        "--target-precision",
+        type=_share,
+        metavar="P",
+        help="the least confidence that was right so often on the images held out of training",
+    )
 
     command = commands.add_parser("models", help="list the models that are installed")
     command.set_defaults(command=models)

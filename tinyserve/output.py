@@ -48,7 +48,7 @@ def writer(format_: str, stream: TextIO, inputs: Sequence[Input], k: int) -> Wri
 def _document(result: Result) -> dict[str, Any]:
     return {
         "path": result.path,
-        "status": "ok" if result.error is None else "error",
+        "status": result.status,
         "error": result.error,
         "predictions": [dataclasses.asdict(prediction) for prediction in result.predictions],
         "label": None if result.label is None else _label_id(result.label),
@@ -84,11 +84,13 @@ def _table_writer(stream: TextIO, inputs: Sequence[Input]) -> Writer:
         path = result.path
         if len(path) > path_width:
             path = "…" + path[1 - path_width :]
-        mark = {None: " ", True: "✓", False: "✗"}[result.correct]
+        mark = "?" if result.unknown else {None: " ", True: "✓", False: "✗"}[result.correct]
         line = f"{path:<{path_width}}  {mark} "
         if result.error is not None:
             print(f"{line} error: {result.error}", file=stream)
             return
+        if result.unknown:
+            line += " unknown:"
         for place, prediction in enumerate(result.predictions):
             cell = f" {100 * prediction.probability:5.1f} % {prediction.name:<18}"
             if place and len(line) + len(cell.rstrip()) > columns:
