@@ -87,7 +87,7 @@ def _sections(report: Report) -> Iterator[str]:
     if labelled:
         yield _section(
             "Classes",
-            "Those with labelled images, the hardest first. The line on a bar is the interval.",
+            "Those with labelled images, the hardest first. The line on a bar is the 95 % interval.",
             _class_table([row for row in report.classes if row.images]),
         )
     if labelled < report.summary.inputs and any(row.predicted for row in report.classes):
@@ -138,14 +138,15 @@ def _tiles(report: Report) -> str:
     counts.append(f"{summary.labelled:,} labelled")
     tiles.append(_tile("Inputs", f"{summary.inputs:,}", ", ".join(counts)))
     speed = f"{summary.images_per_second:,.0f} <small>images/s</small>"
-    took = f"{summary.seconds:,.1f} s on {escape(device_name(summary.provider))}, all included"
+    took = f"{summary.seconds:,.1f} s on {escape(device_name(summary.provider))}, reading included"
     tiles.append(_tile("Speed", speed, took))
-    return f'<dl class="tiles">{"".join(tiles)}</dl>'
+    width = 165 if len(tiles) <= 5 else 220  # one row, or two that are both full
+    return f'<dl class="tiles" style="--tile:{width}px">{"".join(tiles)}</dl>'
 
 
 def _accuracy_tile(name: str, share: float, interval: tuple[float, float]) -> str:
     low, high = interval
-    words = f"{100 * low:.2f} to {100 * high:.2f} %"
+    words = f"95 % interval {100 * low:.2f} to {100 * high:.2f}"
     return _tile(name, _big_percent(share), f"{_bar(share, interval)}{words}")
 
 
@@ -168,28 +169,29 @@ def _confidence(report: Report) -> str:
     return _section("Confidence", about, f'<div class="pair">{"".join(figures)}</div>')
 
 
-_LEFT, _TOP, _WIDTH, _HEIGHT = 42, 10, 300, 230
+_LEFT, _TOP, _WIDTH, _HEIGHT = 40, 28, 290, 230
 """Of a chart's plot in its view box, which is as wide as a phone shows it."""
-_BOX = f"0 0 {_LEFT + _WIDTH + 14} {_TOP + _HEIGHT + 44}"
+_BOX = f"0 0 {_LEFT + _WIDTH + 20} {_TOP + _HEIGHT + 44}"
 
 
 def _reliability_figure(bins: Sequence[ReliabilityBin], error: float) -> str:
     marks = [_axes("confidence", "accuracy", [(k / 4, f"{25 * k} %") for k in range(5)])]
+    marks.append(f'<path class="ideal" d="M{_x(0)} {_y(0)}L{_x(1)} {_y(1)}"/>')
+    dots, line = [], []
     for part in bins:
         if part.accuracy is None or part.confidence is None or part.accuracy_ci95 is None:
             continue
-        x, width = _x(part.low) + 1, _x(part.high) - _x(part.low) - 2
-        middle = x + width / 2
-        upper, lower = max(part.accuracy, part.confidence), min(part.accuracy, part.confidence)
+        x, y = _x(part.confidence), _y(part.accuracy)
         low, high = part.accuracy_ci95
-        marks.append(
+        line.append(f"{x:.1f},{y:.1f}")
+        dots.append(
             f"<g><title>{_range(part.low, part.high)}: {_count(part.images, 'image')}, mean "
             f"confidence {_percent(part.confidence)}, accuracy {_percent(part.accuracy)}</title>"
-            f"{_rectangle(x, width, 0, part.accuracy, 'fill-right')}"
-            f"{_rectangle(x, width, lower, upper, 'gap')}"
-            f'<path class="whisker" d="M{middle:.1f} {_y(low):.1f}V{_y(high):.1f}"/></g>'
+            f'<path class="gap" d="M{x:.1f} {_y(part.confidence):.1f}V{y:.1f}"/>'
+            f'<path class="whisker" d="M{x:.1f} {_y(low):.1f}V{_y(high):.1f}"/>'
+            f'<circle class="fill-right" cx="{x:.1f}" cy="{y:.1f}" r="4"/></g>'
         )
-    marks.append(f'<path class="ideal" d="M{_x(0)} {_y(0)}L{_x(1)} {_y(1)}"/>')
+    marks += [f'<polyline class="trend" points="{" ".join(line)}"/>', *dots]
     described = (
         f"Reliability diagram in {len(bins)} bins. Expected calibration error "
         f"{100 * error:.1f} points."
@@ -205,7 +207,7 @@ def _reliability_figure(bins: Sequence[ReliabilityBin], error: float) -> str:
         if part.images
     ]
     key = _key(
-        ("right", "accuracy"), ("gap", "gap to the mean confidence"), ("whisker", "interval")
+        ("dot", "accuracy"), ("whisker", "its interval"), ("gap", "gap to the mean confidence")
     )
     return _chart(
         "As sure as it is right?",
@@ -279,7 +281,7 @@ def _axes(across: str, up: str, ticks: Iterable[tuple[float, str]]) -> str:
         parts.append(f'<text x="{_x(k / 4)}" y="{below}" text-anchor="middle">{25 * k} %</text>')
     parts.append(
         f'<text x="{_x(0.5)}" y="{_TOP + _HEIGHT + 37}" text-anchor="middle">{across}</text>'
-        f'<text x="{_LEFT + 4}" y="{_TOP + 11}">{up}</text>'
+        f'<text x="0" y="12">{up}</text>'
     )
     return "".join(parts)
 
@@ -342,11 +344,11 @@ def _example(example: Example) -> str:
     truth = ""
     if example.label is not None:
         words += f", labelled {example.label}"
-        truth = f"<br>labelled {escape(example.label)}"
+        truth = f"labelled {escape(example.label)}"
     colour = ' class="wrong"' if is_wrong else ""
     return (
         f"<figure>{_picture(example.input, words)}<figcaption>"
-        f"<span{colour}>{_percent(example.probability)}</span> "
+        f"<span{colour}>{_percent(example.probability)}</span>"
         f"<b>{escape(example.predicted)}</b>{truth}</figcaption></figure>"
     )
 
@@ -376,18 +378,17 @@ def _class_table(rows: list[ClassRow]) -> str:
     cells = [
         (
             f"{row.correct:,} of {row.images:,}",
-            _percent(row.accuracy),
-            _bar(row.accuracy or 0, row.accuracy_ci95) + f'<span class="note">{_ci(row)}</span>',
+            f'{_percent(row.accuracy)} <span class="note">{_ci(row)}</span>'
+            + _bar(row.accuracy or 0, row.accuracy_ci95),
             f"{escape(row.confused_with)}, {row.confused:,}" if row.confused_with else "",
         )
         for row in rows
     ]
     head = (
         '<th scope="col">class</th><th scope="col" class="number">right</th>'
-        '<th scope="col" class="number">accuracy</th><th scope="col">95 % interval</th>'
-        '<th scope="col">most often taken for</th>'
+        '<th scope="col">accuracy</th><th scope="col">most often taken for</th>'
     )
-    kinds = ("number", "number", "bars", "")
+    kinds = ("number", "bars", "")
     return _scrolled("Accuracy by class", head, zip(rows, cells, strict=True), kinds)
 
 

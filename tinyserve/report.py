@@ -19,8 +19,8 @@ HISTOGRAM_BINS = 20
 CONFUSIONS = 20
 EXAMPLES = 3
 """Pictures of each confusion."""
-MISTAKES = 24
-LEAST_CERTAIN = 12
+GALLERY = 24
+"""Pictures of the most confident mistakes, and of the least certain answers."""
 FAILURES = 50
 
 _PAIRS_WITH_EXAMPLES = 2000
@@ -309,8 +309,8 @@ class Statistics:
         self._examples: dict[tuple[int, int], list[Input]] = {}
         self._reliability = Reliability()
         self._histogram = [[0, 0, 0] for _ in range(HISTOGRAM_BINS)]
-        self._mistakes = _Largest(MISTAKES)
-        self._least_certain = _Largest(LEAST_CERTAIN)
+        self._mistakes = _Largest(GALLERY)
+        self._least_certain = _Largest(GALLERY)
         self._failures: list[Failure] = []
 
     def add(self, result: Result) -> None:
