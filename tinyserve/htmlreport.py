@@ -87,7 +87,7 @@ def _sections(report: Report) -> Iterator[str]:
     if labelled:
         yield _section(
             "Classes",
-            "Those with labelled images, the hardest first. The line on a bar is the 95 % interval.",
+            "Those with labelled images, hardest first. The line on a bar is the 95 % interval.",
             _class_table([row for row in report.classes if row.images]),
         )
     if labelled < report.summary.inputs and any(row.predicted for row in report.classes):

@@ -17,8 +17,8 @@ class ServedNetwork(nn.Module):
     Maps uint8 ``[N, image_size, image_size, 3]``, RGB, to float32 ``[N, classes]``, rows summing to
     1: centre crop of ``crop`` pixels, normalisation, channels first, resized to ``network_size`` as
     in training if that differs, the network, its logits divided by ``temperature``, softmax.
-    Several ``views`` are run as one batch, and their probabilities averaged; where ``crop`` leaves no room to move, crops that are not centred
-    are 7/8 as wide.
+    Several ``views`` are run as one batch, and their probabilities averaged; where ``crop`` leaves
+    no room to move, crops that are not centred are 7/8 as wide.
     """
 
     mean: Tensor

@@ -169,7 +169,14 @@ def _write_through(
         golden = Golden.of(images, engine.run(images), tolerance=bounds.golden_tolerance)
         card = replace(card, evidence=evidence, golden=golden)
         if calibrator is not None:
-            card = replace(card, calibration=calibrator.measure(engine))
+            calibration = calibrator.measure(engine)
+            card = replace(card, calibration=calibration)
+            print(
+                f"{card.precision} on {calibration.images:,} held-out images: calibration error "
+                f"{100 * calibration.ece:.1f} points, {100 * calibration.ece_before:.1f} without "
+                f"the temperature of {calibration.temperature:.3f}",
+                file=sys.stderr,
+            )
         write_model(hidden, content, card)
         Engine(hidden, device="cpu")
 
