@@ -134,7 +134,7 @@ def _tiles(report: Report) -> str:
         tiles.append(_tile("Miscalibration", value, note))
     counts = [f"{summary.ok + summary.unknown:,} classified"]
     if summary.failed:
-        counts.append(f'<b class="wrong">{summary.failed:,} failed</b>')
+        counts.append(f'<strong class="wrong">{summary.failed:,} failed</strong>')
     counts.append(f"{summary.labelled:,} labelled")
     tiles.append(_tile("Inputs", f"{summary.inputs:,}", ", ".join(counts)))
     speed = f"{summary.images_per_second:,.0f} <small>images/s</small>"
@@ -339,13 +339,12 @@ def _gallery(examples: Iterable[Example]) -> str:
 
 
 def _example(example: Example) -> str:
-    is_wrong = example.label is not None and example.label != example.predicted
     words = f"called {example.predicted}"
     truth = ""
     if example.label is not None:
         words += f", labelled {example.label}"
         truth = f"labelled {escape(example.label)}"
-    colour = ' class="wrong"' if is_wrong else ""
+    colour = ' class="wrong"' if example.correct is False else ""
     return (
         f"<figure>{_picture(example.input, words)}<figcaption>"
         f"<span{colour}>{_percent(example.probability)}</span>"

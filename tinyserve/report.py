@@ -218,12 +218,13 @@ class Confusion:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Example:
-    """One input with its first prediction, and the label if it has one."""
+    """One input with its first prediction; ``label`` and ``correct`` are None without label."""
 
     input: Input
     label: str | None
     predicted: str
     probability: float
+    correct: bool | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -432,6 +433,7 @@ def _examples(results: Iterable[Result]) -> tuple[Example, ...]:
             label=None if result.label is None else result.label.name,
             predicted=result.predictions[0].name,
             probability=result.predictions[0].probability,
+            correct=result.correct,
         )
         for result in results
     )
