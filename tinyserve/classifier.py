@@ -63,7 +63,7 @@ class Result:
     def at_least(self, confidence: float) -> "Result":
         """The same, ``unknown`` if its first prediction is less likely than ``confidence``."""
         below = bool(self.predictions) and self.predictions[0].probability < confidence
-        return dataclasses.replace(self, unknown=below)
+        return dataclasses.replace(self, unknown=True) if below else self
 
 
 class Classifier:

@@ -93,7 +93,7 @@ def _sections(report: Report) -> Iterator[str]:
     if labelled < report.summary.inputs and any(row.predicted for row in report.classes):
         yield _section(
             "Predicted classes",
-            "How many images were called what.",
+            "How many images were called what. The longest bar is the most frequent class.",
             _predicted_table([row for row in report.classes if row.predicted]),
         )
         yield _section(
@@ -395,14 +395,14 @@ def _predicted_table(rows: list[ClassRow]) -> str:
     rows.sort(key=lambda row: (-row.predicted, row.name))
     most, total = rows[0].predicted, sum(row.predicted for row in rows)
     cells = [
-        (f"{row.predicted:,}", _percent(row.predicted / total), _bar(row.predicted / most))
+        (f"{row.predicted:,}", _percent(row.predicted / total) + _bar(row.predicted / most))
         for row in rows
     ]
     head = (
         '<th scope="col">class</th><th scope="col" class="number">images</th>'
-        '<th scope="col" class="number">share</th><th scope="col">beside the most frequent</th>'
+        '<th scope="col">share</th>'
     )
-    kinds = ("number", "number", "bars")
+    kinds = ("number", "bars")
     return _scrolled("Predicted classes", head, zip(rows, cells, strict=True), kinds)
 
 
@@ -466,6 +466,8 @@ def _facts(report: Report) -> str:
         facts["accuracy in the file"] = (
             f"top-1 {100 * model.top1:.2f} %, top-5 {100 * model.top5:.2f} %"
         )
+    if model.temperature is not None:
+        facts["calibrated"] = f"with a temperature of {model.temperature:.3f}"
     entries = "".join(f"<div><dt>{k}</dt><dd>{escape(v)}</dd></div>" for k, v in facts.items())
     entries += (
         "<div><dt>fingerprint of the graph (SHA-256)</dt>"

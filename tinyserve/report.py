@@ -235,8 +235,8 @@ class Failure:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelFacts:
-    """From the model's card. ``top1`` and ``top5`` are those in the file, ``fingerprint`` the
-    SHA-256 of its graph."""
+    """From the model's card. ``top1`` and ``top5`` are those in the file, ``temperature`` that of
+    its calibration, ``fingerprint`` the SHA-256 of its graph."""
 
     architecture: str
     parameters: int
@@ -246,6 +246,7 @@ class ModelFacts:
     trained_on: str | None
     top1: float | None
     top5: float | None
+    temperature: float | None
     fingerprint: str
 
     @classmethod
@@ -260,6 +261,7 @@ class ModelFacts:
             trained_on=card.training.dataset if card.training else None,
             top1=top1,
             top5=top5,
+            temperature=card.calibration.temperature if card.calibration else None,
             fingerprint=card.graph_sha256,
         )
 

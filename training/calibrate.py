@@ -87,7 +87,7 @@ def were_held_out(training: Training, dataset: Dataset) -> bool:
 
     The weights that they started from must have been trained on the same images or on other data.
     """
-    if len(dataset.held_out) == 0 or training.dataset_fingerprint != dataset.fingerprint:
+    if len(dataset.held_out) < 2 or training.dataset_fingerprint != dataset.fingerprint:
         return False
     seen, earlier = (training.dataset_fingerprint, training.train_images), training.initial
     while earlier is not None:

@@ -77,6 +77,7 @@ def export(
     """Export a run, or a file exported earlier, into the folder ``output``; returns the new files.
 
     The gate reads images from ``data_root``, by default the data that the run was trained on.
+    Where that run held some out, the probabilities are calibrated with them.
     Raises :class:`GateError`, leaving no file of that precision behind, where one breaks a bound.
     """
     if unknown := set(precisions) - BOUNDS.keys():
