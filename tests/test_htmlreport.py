@@ -17,10 +17,11 @@ import pytest
 from tinyserve.classifier import Classifier, Prediction, Result
 from tinyserve.dataset import Input, find_inputs
 from tinyserve.engine import read_card
-from tinyserve.errors import UsageError
+from tinyserve.errors import OutputError
 from tinyserve.htmlreport import FIGURES, PAGE, make_folder, page, write_report
 from tinyserve.modelfile import Label, ModelCard, find_model, write_model
-from tinyserve.report import GALLERY, Reliability, Report, Statistics, Tally, wilson_interval
+from tinyserve.report import Tally, wilson_interval
+from tinyserve.statistics import GALLERY, Reliability, Report, Statistics
 
 
 def classify(*arguments) -> subprocess.CompletedProcess:
@@ -254,7 +255,7 @@ def made_result(card: ModelCard, path: str, best: int, label: int | None, p: flo
     truth = None if label is None else card.labels[label]
     prediction = Prediction(best, card.labels[best].wnid, card.labels[best].name, p)
     rank = None if label is None else int(best != label)
-    return Result(Input(path, None), None, (prediction,), truth, rank)
+    return Result(Input(path, None), "", None, (prediction,), truth, rank)
 
 
 def test_unlabelled_inputs_get_what_was_predicted(samples, tmp_path):
@@ -276,7 +277,9 @@ def test_unlabelled_inputs_get_what_was_predicted(samples, tmp_path):
 
 
 def test_where_everything_failed_there_is_still_a_page(card):
-    results = [Result(Input(f"{i}.jpg", None), "damaged image", (), None, None) for i in range(60)]
+    results = [
+        Result(Input(f"{i}.jpg", None), "", "damaged image", (), None, None) for i in range(60)
+    ]
     report = made_report(card, results)
     found = Document(page(report))
     assert "60 inputs could not be used; these are the first 50." in found.text
@@ -298,7 +301,7 @@ def test_names_are_text_and_never_markup(samples, card, tmp_path):
     model = tmp_path / "<i>.onnx"
     changed = dataclasses.replace(card, labels=labels, architecture=hostile)
     write_model(model, source.read_bytes()[: card.graph_bytes], changed)
-    inputs = find_inputs([str(folder)])
+    inputs = list(find_inputs([str(folder)]))
     classifier = Classifier(str(model), device="cpu", self_test=False)
     results = [
         dataclasses.replace(result, label=labels[0], rank=9 if result.predictions else None)
@@ -320,7 +323,7 @@ def test_names_are_text_and_never_markup(samples, card, tmp_path):
     assert {str(folder / name) for name in names} <= titles
 
 
-def test_a_picture_that_vanished_is_shown_as_gone(card, samples, tmp_path):
+def test_a_picture_that_vanished_is_said_to_be_unreadable(card, samples, tmp_path):
     real = str(samples / "teapot" / "val_59.JPEG")
     results = [
         made_result(card, real, 1, 0, 0.9),
@@ -328,7 +331,7 @@ def test_a_picture_that_vanished_is_shown_as_gone(card, samples, tmp_path):
     ]
     found = Document(page(made_report(card, results)))
     assert len(found.all("img")) == 2  # among the confusions and among the mistakes
-    assert found.text.count("picture is gone") == 2
+    assert found.text.count("cannot be read") == 2
 
 
 def test_a_name_that_is_not_utf8_can_be_written(card, tmp_path):
@@ -357,7 +360,7 @@ def test_an_unwritable_folder_is_one_line_before_anything_is_classified(samples,
     (tmp_path / "file").write_text("not a folder")
     for folder in (tmp_path / "file", tmp_path / "file" / "below"):
         run = classify(samples / "teapot", "-m", "inception", "--report", folder)
-        assert run.returncode == 2
+        assert run.returncode == 1
         assert run.stdout == ""
         (line,) = (line for line in run.stderr.splitlines() if "running on" not in line)
         assert line.startswith(f"tinyserve: cannot write {folder}: ")
@@ -367,7 +370,7 @@ def test_an_unwritable_folder_is_one_line_before_anything_is_classified(samples,
 def test_a_folder_in_the_place_of_the_page_is_one_line_and_nothing_half_written(card, tmp_path):
     (tmp_path / PAGE).mkdir()
     make_folder(tmp_path)
-    with pytest.raises(UsageError, match=r"cannot write .*index\.html"):
+    with pytest.raises(OutputError, match=r"cannot write .*index\.html"):
         write_report(tmp_path, made_report(card, []))
     assert sorted(os.listdir(tmp_path)) == [PAGE, FIGURES]
 

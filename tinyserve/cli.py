@@ -5,7 +5,9 @@ Results go to stdout, everything else to stderr. Exit codes: 0 clean, 1 failure,
 """
 
 import argparse
+import contextlib
 import dataclasses
+import itertools
 import json
 import logging
 import os
@@ -13,20 +15,26 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from tqdm import tqdm
 
+from tinyserve import bench as bench_module
 from tinyserve import compare as comparison
-from tinyserve import htmlreport
 from tinyserve import verify as verification
 from tinyserve.adopt import adopt as adopt_model
 from tinyserve.adopt import read_labels
 from tinyserve.classifier import Classifier
 from tinyserve.confidence import in_words, operating_point
 from tinyserve.dataset import find_inputs
-from tinyserve.engine import DEVICES, device_name, preferred_precisions, read_card
-from tinyserve.errors import ModelFileError, TinyserveError, UsageError
+from tinyserve.engine import (
+    DEVICES,
+    default_threads,
+    device_name,
+    preferred_precisions,
+    read_card,
+)
+from tinyserve.errors import ModelFileError, OutputError, TinyserveError, UsageError
 from tinyserve.modelfile import (
     DEFAULT_MODEL,
     PRECISIONS,
@@ -36,11 +44,16 @@ from tinyserve.modelfile import (
     installed_models,
     search_folders,
 )
-from tinyserve.output import FORMATS, format_of, open_output, writer
-from tinyserve.report import Statistics, Summary, Tally
+from tinyserve.output import FORMATS, format_of, open_rows
+from tinyserve.report import Summary, Tally
+from tinyserve.resume import Resumed
 from tinyserve.triton import write_repository
 
 SOME_FAILED = 3
+_BATCH_SIZE = 32
+
+_FIRST = 10_000
+"""Inputs that are listed before work begins: a bar and a table are laid out after them."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -58,55 +71,96 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"tinyserve: {error}", file=sys.stderr)
         return error.exit_code
     except BrokenPipeError:  # the reader, `head` for one, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except KeyboardInterrupt:
         print("tinyserve: interrupted", file=sys.stderr)
         return 130
+    finally:
+        _let_go_of_stdout()
+
+
+def _let_go_of_stdout() -> None:
+    """What could not be written must not fail once more, and aloud, when Python closes stdout."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def classify(arguments: argparse.Namespace) -> int:
+    output = arguments.output
+    format_ = arguments.format or format_of(output)
+    if arguments.resume and output is None:
+        raise UsageError("--resume goes on with the file that -o names")
     inputs = find_inputs(arguments.paths)
-    format_ = arguments.format or format_of(arguments.output)
+    settings = _settings(arguments)
     classifier = Classifier(
         arguments.model,
         precision=arguments.precision,
-        device=arguments.device,
+        device=settings.device,
+        streams=settings.workers,
         self_test=not arguments.no_self_test,
     )
+    k = min(arguments.topk, len(classifier.card.labels))
     threshold = arguments.min_confidence
     if arguments.target_precision is not None:
         point = operating_point(classifier.card, arguments.target_precision)
         threshold = point.threshold
         print(f"tinyserve: {in_words(point, classifier.card)}", file=sys.stderr)
     tally = Tally()
-    statistics = None
+    collectors = [tally.add]
     if arguments.report is not None:
+        from tinyserve import htmlreport, statistics  # a single image shall not wait for them
+
         htmlreport.make_folder(arguments.report)
-        statistics = Statistics(classifier.card)
+        figures = statistics.Statistics(classifier.card)
+        collectors.append(figures.add)
+    if arguments.resume:
+        resumed = Resumed(output, format_, classifier, k, threshold)
+        for result in resumed.results():
+            for collect in collectors:
+                collect(result)
+        inputs = resumed.left(inputs)
+    kept = tally.inputs
+    first = list(itertools.islice(inputs, _FIRST))
     start = time.perf_counter()
-    with open_output(arguments.output) as stream:
-        write = writer(format_, stream, inputs, arguments.topk)
-        results = classifier.classify_many(
-            inputs, k=arguments.topk, batch_size=arguments.batch_size
-        )
-        # On a terminal the rows themselves show the progress; a bar would run through them.
-        quiet = True if stream.isatty() else None
-        for result in tqdm(results, total=len(inputs), unit="image", disable=quiet, leave=False):
-            if threshold is not None:
-                result = result.at_least(threshold)
-            tally.add(result)
+    with (
+        open_rows(
+            output,
+            format_,
+            inputs=first,
+            k=k,
+            model=classifier.card.fingerprint,
+            append=kept > 0,
+        ) as write,
+        contextlib.closing(
+            classifier.classify_many(
+                itertools.chain(first, inputs), k=k, batch_size=settings.batch_size
+            )
+        ) as results,
+        _progress(len(first) if len(first) < _FIRST else None, rows=output is None) as bar,
+    ):
+        for result in results:
+            result = result.at_least(threshold)
+            for collect in collectors:
+                collect(result)
             write(result)
-            if statistics is not None:
-                statistics.add(result)
-        stream.flush()
+            bar.update()
+            if arguments.max_errors is not None and tally.failed > arguments.max_errors:
+                break
     summary = tally.summary(
         model=_model_name(arguments.model),
         precision=classifier.card.precision,
         provider=classifier.engine.provider,
         seconds=time.perf_counter() - start,
+        kept=kept,
         min_confidence=threshold,
     )
+    if arguments.max_errors is not None and tally.failed > arguments.max_errors:
+        print(
+            f"tinyserve: stopped: more than {arguments.max_errors:,} inputs failed",
+            file=sys.stderr,
+        )
     for line in _summary_lines(summary):
         print(line, file=sys.stderr)
     if arguments.summary:
@@ -114,11 +168,40 @@ def classify(arguments: argparse.Namespace) -> int:
         try:
             Path(arguments.summary).write_text(document)
         except OSError as error:
-            raise UsageError(f"cannot write {arguments.summary}: {error.strerror}") from error
-    if statistics is not None:
-        htmlreport.write_report(arguments.report, statistics.report(summary, arguments.paths))
+            raise OutputError(f"cannot write {arguments.summary}: {error.strerror}") from error
+    if arguments.report is not None:
+        htmlreport.write_report(arguments.report, figures.report(summary, arguments.paths))
         print(f"report: {arguments.report / htmlreport.PAGE}", file=sys.stderr)
     return SOME_FAILED if summary.failed else 0
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Settings:
+    device: str | None
+    workers: int
+    batch_size: int
+
+
+def _settings(arguments: argparse.Namespace) -> _Settings:
+    """What the arguments say, then with --tuned what was measured, then the defaults."""
+    tuned = None
+    device = arguments.device
+    if arguments.tuned:
+        precision = arguments.precision
+        precisions = preferred_precisions(device) if precision == "auto" else (precision,)
+        tuned = bench_module.tuned(find_model(arguments.model, precisions))
+    return _Settings(
+        device=device or (tuned.device if tuned else None),
+        workers=arguments.workers or (tuned.workers if tuned else default_threads()),
+        batch_size=arguments.batch_size or (tuned.batch_size if tuned else _BATCH_SIZE),
+    )
+
+
+def _progress(total: int | None, *, rows: bool) -> "tqdm[NoReturn]":
+    """A bar on stderr, if that is a terminal. Where rows are printed on a terminal, they show the
+    progress themselves, and a bar would run through them."""
+    quiet = True if rows and sys.stdout.isatty() else None
+    return tqdm(total=total, unit="image", disable=quiet, leave=False)
 
 
 def models(arguments: argparse.Namespace) -> int:
@@ -223,7 +306,7 @@ def verify(arguments: argparse.Namespace) -> int:
             f"{test.max_difference:.1e}, {test.tolerance:g} allowed"
         )
     if arguments.data is not None:
-        inputs = find_inputs([_validation_folder(arguments.data)])
+        inputs = list(find_inputs([_validation_folder(arguments.data)]))
         with tqdm(total=len(inputs), unit="image", disable=None, leave=False) as bar:
             found = verification.replay(classifier, inputs, lambda _: bar.update())
         document["replay"] = {**dataclasses.asdict(found), "difference": found.difference}
@@ -242,7 +325,7 @@ def verify(arguments: argparse.Namespace) -> int:
 def compare(arguments: argparse.Namespace) -> int:
     names = (arguments.a, arguments.b)
     a, b = (Classifier(name, device=arguments.device) for name in names)
-    inputs = find_inputs([_validation_folder(arguments.data)])
+    inputs = list(find_inputs([_validation_folder(arguments.data)]))
     with tqdm(total=len(inputs), unit="image", disable=None, leave=False) as bar:
         found = comparison.compare(a, b, inputs, batch_size=arguments.batch_size, watch=bar.update)
     if found.unreadable:
@@ -298,6 +381,56 @@ def triton(arguments: argparse.Namespace) -> int:
         file=sys.stderr,
     )
     return 0
+
+
+def bench(arguments: argparse.Namespace) -> int:
+    files = [_file_of(name) for name in arguments.model or installed_models()]
+    workers = arguments.workers or sorted({1, default_threads()})
+    found = []
+    seconds = arguments.seconds
+    measured = bench_module.measure(
+        files, arguments.device or ["auto"], workers, arguments.batch_size, seconds=seconds
+    )
+    total = len(files) * len(arguments.device or ["auto"]) * len(workers)
+    with tqdm(total=total * len(arguments.batch_size), disable=None, leave=False) as bar:
+        for entry in measured:
+            found.append(entry)
+            bar.update()
+    fastest = bench_module.best(found)
+    saved = bench_module.save(fastest)
+    if arguments.json:
+        print(json.dumps([dataclasses.asdict(entry) for entry in found], indent=2))
+    else:
+        _print_columns([_BENCH_HEADER, *(_bench_row(entry, fastest) for entry in found)])
+        print("images/s; * the fastest of each file from image files to rows")
+    print(f"kept for classify --tuned: {saved}", file=sys.stderr)
+    return 0
+
+
+_BENCH_HEADER = (
+    *("model", "device", "workers", "batch", "session", "end to end", "ratio"),
+    *("one image p50", "p99", "cold start", "memory"),
+)
+
+
+def _bench_row(
+    entry: bench_module.Measurement, fastest: dict[str, bench_module.Measurement]
+) -> tuple[str, ...]:
+    settings = entry.settings
+    memory = "" if entry.peak_bytes is None else f"{entry.peak_bytes / 2**20:.0f} MiB"
+    return (
+        _model_name(entry.file),
+        device_name(entry.provider),
+        str(settings.workers),
+        str(settings.batch_size),
+        f"{entry.session:,.0f}",
+        f"{entry.end_to_end:,.0f}{' *' if fastest[entry.file] is entry else ''}",
+        f"{entry.end_to_end / entry.session:.2f}",
+        f"{entry.p50_ms:.2f} ms",
+        f"{entry.p99_ms:.2f} ms",
+        f"{entry.cold_start:.2f} s",
+        memory,
+    )
 
 
 def _validation_folder(data: str) -> str:
@@ -371,8 +504,9 @@ def _how(training: Training) -> str:
 
 
 def _summary_lines(summary: Summary) -> Iterator[str]:
+    kept = f", {summary.kept:,} of them done before" if summary.kept else ""
     yield (
-        f"{summary.inputs:,} images, {summary.failed:,} failed; {summary.model} "
+        f"{summary.inputs:,} images{kept}, {summary.failed:,} failed; {summary.model} "
         f"({summary.precision}) on {device_name(summary.provider)}, "
         f"{summary.seconds:.1f} s, {summary.images_per_second:,.0f} images/s"
     )
@@ -443,6 +577,13 @@ def _at_least_one(text: str) -> int:
     return number
 
 
+def _none_or_more(text: str) -> int:
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError("must be at least 0")
+    return number
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="tinyserve", description="Classify images with small, self-describing ONNX models."
@@ -457,10 +598,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.set_defaults(command=classify)
     add = command.add_argument
-    add("paths", nargs="+", metavar="PATH", help="files, folders (searched recursively) or globs")
+    add(
+        "paths",
+        nargs="+",
+        metavar="PATH",
+        help="files, folders (searched recursively), globs, .zip, .tar and .parquet archives, or - "
+        "for paths on stdin",
+    )
     add("-m", "--model", default=DEFAULT_MODEL, help="name or .onnx file (default: %(default)s)")
     add("-k", "--topk", type=_at_least_one, default=5, help="predictions an image (default: 5)")
-    add("-b", "--batch-size", type=_at_least_one, default=32, help="default: %(default)s")
+    add("-b", "--batch-size", type=_at_least_one, help=f"default: {_BATCH_SIZE}")
     add("--device", choices=DEVICES, help="default: $TINYSERVE_DEVICE or auto")
     add(
         "--precision",
@@ -468,9 +615,30 @@ def _parser() -> argparse.ArgumentParser:
         default="auto",
         help="of a model that is there in several (default: auto, what suits the device)",
     )
+    add(
+        "-j",
+        "--workers",
+        type=_at_least_one,
+        metavar="N",
+        help="batches at a time, between which the cores are shared (default: one a core)",
+    )
+    add(
+        "--tuned",
+        action="store_true",
+        help="with the device, workers and batch size that `tinyserve bench` found fastest here",
+    )
     add("--no-self-test", action="store_true", help="do not replay the file's golden images first")
     add("--format", choices=FORMATS, help="default: table, or by the suffix of -o")
+    add(
+        "--submission",
+        dest="format",
+        action="store_const",
+        const="submission",
+        help="write what Tiny ImageNet's test server takes: file name and WordNet id",
+    )
     add("-o", "--output", metavar="FILE", help="write the rows here instead of to stdout")
+    add("--resume", action="store_true", help="keep the rows in -o that still hold, add the others")
+    add("--max-errors", type=_none_or_more, metavar="N", help="stop when more inputs than N failed")
     add("--summary", metavar="FILE", help="write the summary here, too, as JSON")
     add("--report", type=Path, metavar="DIR", help="write a page with all figures into this folder")
     least = command.add_mutually_exclusive_group().add_argument
@@ -519,6 +687,41 @@ def _parser() -> argparse.ArgumentParser:
     add("--data", metavar="DIR", required=True, help="labelled images, or a data set with val/")
     add("-b", "--batch-size", type=_at_least_one, default=32, help="default: %(default)s")
     add("--device", choices=DEVICES, help="default: $TINYSERVE_DEVICE or auto")
+    add("--json", action="store_true")
+
+    command = commands.add_parser(
+        "bench",
+        help="measure the models on this machine",
+        description="Measure speed, latency, cold start and memory of models on this machine, and "
+        "keep the fastest settings for `classify --tuned`.",
+    )
+    command.set_defaults(command=bench)
+    add = command.add_argument
+    add(
+        "-m",
+        "--model",
+        action="append",
+        help="name or .onnx file, repeatable (default: every file that is installed)",
+    )
+    add("--device", action="append", choices=DEVICES, help="repeatable (default: auto)")
+    add(
+        "-j",
+        "--workers",
+        action="append",
+        type=_at_least_one,
+        metavar="N",
+        help="repeatable (default: 1 and one a core)",
+    )
+    add(
+        "-b",
+        "--batch-size",
+        nargs="+",
+        type=_at_least_one,
+        default=[1, 8, 32, 64],
+        metavar="N",
+        help="default: 1 8 32 64",
+    )
+    add("--seconds", type=float, default=1.0, help="for each figure (default: %(default)s)")
     add("--json", action="store_true")
 
     command = commands.add_parser(

@@ -14,9 +14,9 @@ from PIL import Image
 from tinyserve import images
 from tinyserve.dataset import Input
 from tinyserve.engine import device_name
-from tinyserve.errors import ImageError, UsageError
+from tinyserve.errors import ImageError, OutputError
 from tinyserve.modelfile import candidate
-from tinyserve.report import ClassRow, Confusion, Example, HistogramBin, ReliabilityBin, Report
+from tinyserve.statistics import ClassRow, Confusion, Example, HistogramBin, ReliabilityBin, Report
 
 PAGE = "index.html"
 FIGURES = "report.json"
@@ -27,19 +27,19 @@ _TEMPLATE = Path(__file__).with_name("report.html")
 
 
 def make_folder(folder: Path) -> None:
-    """Make the folder of a report before the work begins; UsageError where that is impossible."""
+    """Make the folder of a report before the work begins; OutputError where that is impossible."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise _cannot_write(folder, error) from error
     if not os.access(folder, os.W_OK | os.X_OK):
-        raise UsageError(f"cannot write into {folder}: no permission")
+        raise OutputError(f"cannot write into {folder}: no permission")
 
 
 def write_report(folder: Path, report: Report) -> None:
     """Write :data:`PAGE` and :data:`FIGURES` into a folder, each in one step.
 
-    Reads the pictures on the page once more. Raises :class:`~tinyserve.errors.UsageError` where
+    Reads the pictures on the page once more. Raises :class:`~tinyserve.errors.OutputError` where
     the files cannot be written.
     """
     for name, text in ((FIGURES, report.to_json()), (PAGE, page(report))):
@@ -358,7 +358,7 @@ def _picture(item: Input, described: str) -> str:
     try:
         picture = Image.fromarray(images.decode(item.read()))
     except ImageError:
-        return f'<span class="gone" title="{path}">picture is gone</span>'
+        return f'<span class="gone" title="{path}">cannot be read</span>'
     picture.thumbnail((PICTURE_SIZE, PICTURE_SIZE))
     buffer = io.BytesIO()
     picture.save(buffer, "JPEG", quality=85)
@@ -469,10 +469,7 @@ def _facts(report: Report) -> str:
     if model.temperature is not None:
         facts["calibrated"] = f"with a temperature of {model.temperature:.3f}"
     entries = "".join(f"<div><dt>{k}</dt><dd>{escape(v)}</dd></div>" for k, v in facts.items())
-    entries += (
-        "<div><dt>fingerprint of the graph (SHA-256)</dt>"
-        f"<dd><code>{escape(model.fingerprint)}</code></dd></div>"
-    )
+    entries += f"<div><dt>fingerprint</dt><dd><code>{escape(model.fingerprint)}</code></dd></div>"
     return _section("The model", "What its file says.", f'<dl class="card facts">{entries}</dl>')
 
 
@@ -509,5 +506,5 @@ def _count(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
-def _cannot_write(path: Path, error: OSError) -> UsageError:
-    return UsageError(f"cannot write {path}: {error.strerror or error}")
+def _cannot_write(path: Path, error: OSError) -> OutputError:
+    return OutputError(f"cannot write {path}: {error.strerror or error}")

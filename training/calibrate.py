@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tinyserve.engine import Engine
 from tinyserve.modelfile import Calibration, OperatingPoint, Training
-from tinyserve.report import Reliability
+from tinyserve.statistics import Reliability
 from training.data import Dataset, Split
 from training.evaluate import ServedNetwork
 from training.gate import in_batches
@@ -44,15 +44,12 @@ class Calibrator:
         fitted, measured = (
             Split(dataset.val.images[half::2], dataset.val.labels[half::2]) for half in (0, 1)
         )
-        probabilities = _logits(served, measured).softmax(dim=-1)
-        if probabilities.dim() == 3:
-            probabilities = probabilities.mean(dim=1)
-        before = _calibration_error(probabilities.numpy(), measured.labels)
+        before = _logits(served, measured).softmax(dim=-1).mean(dim=1)
         return cls(
             temperature=fit_temperature(_logits(served, fitted), torch.from_numpy(fitted.labels)),
             source=f"{dataset.name}, held out of training",
             fitted_images=len(fitted),
-            ece_before=before,
+            ece_before=_calibration_error(before.numpy(), measured.labels),
             measured=measured,
         )
 
@@ -61,16 +58,14 @@ class Calibrator:
         probabilities = in_batches(engine.run, self.measured.images, _BATCH)
         confidence = probabilities.max(axis=1)
         correct = probabilities.argmax(axis=1) == self.measured.labels
-        points = []
-        for threshold in np.arange(THRESHOLDS) / THRESHOLDS:
-            decided = confidence >= threshold
-            points.append(
-                OperatingPoint(
-                    threshold=float(threshold),
-                    decided=int(decided.sum()),
-                    correct=int(correct[decided].sum()),
-                )
+        points = (
+            OperatingPoint(
+                threshold=threshold,
+                decided=int((confidence >= threshold).sum()),
+                correct=int(correct[confidence >= threshold].sum()),
             )
+            for threshold in (step / THRESHOLDS for step in range(THRESHOLDS))
+        )
         return Calibration(
             temperature=self.temperature,
             source=self.source,
@@ -101,13 +96,12 @@ def were_held_out(training: Training, dataset: Dataset) -> bool:
 def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     """What to divide logits by for the least mean cross-entropy, within :data:`TEMPERATURES`.
 
-    ``logits`` is ``[N, classes]``, or ``[N, views, classes]`` whose probabilities are averaged;
-    ``labels`` int64 ``[N]``.
+    ``logits`` is ``[N, views, classes]``, the views' probabilities being averaged; ``labels`` int64
+    ``[N]``.
     """
-    logits = logits.double().reshape(len(logits), -1, logits.shape[-1])
 
     def loss(log_temperature: float) -> float:
-        log_probabilities = (logits / math.exp(log_temperature)).log_softmax(dim=-1)
+        log_probabilities = (logits.double() / math.exp(log_temperature)).log_softmax(dim=-1)
         answers = log_probabilities.logsumexp(dim=1)  # less the logarithm of the number of views
         return float(torch.nn.functional.nll_loss(answers, labels))
 
@@ -119,11 +113,11 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
 
 
 def _logits(served: ServedNetwork, split: Split) -> Tensor:
-    """On the CPU, ``[N, classes]`` or ``[N, views, classes]``."""
+    """Of each image in each view: ``[N, views, classes]``."""
 
     def run(part: NDArray[np.uint8]) -> NDArray[np.float32]:
         logits = served.logits(torch.from_numpy(part))
-        return np.asarray((logits if logits.dim() == 2 else logits.movedim(0, 1)).numpy())
+        return np.asarray(logits.reshape(-1, *logits.shape[-2:]).movedim(0, 1).numpy())
 
     with torch.inference_mode():
         return torch.from_numpy(in_batches(run, split.images, _BATCH, "held-out images"))
