@@ -353,6 +353,21 @@ def test_a_name_of_two_classes_is_still_a_mistake(card, samples):
     assert 'class="wrong">90.0 %' in page(report)
 
 
+def test_a_resumed_job_reports_all_inputs_at_its_own_confidence(samples, tmp_path):
+    rows, folder = tmp_path / "rows.jsonl", tmp_path / "report"
+    first = classify(samples / "teapot", "-m", "inception", "-o", rows, "--min-confidence", 0)
+    assert first.returncode == 0
+    run = classify(
+        samples / "teapot", samples / "tabby", "-m", "inception", "-o", rows, "--resume",
+        "--min-confidence", 1, "--report", folder,
+    )  # fmt: skip
+    assert "2 of them done before" in run.stderr
+    assert [json.loads(row)["status"] for row in rows.read_text().splitlines()] == ["unknown"] * 4
+    figures = json.loads((folder / FIGURES).read_text())
+    assert figures["summary"]["inputs"] == figures["summary"]["unknown"] == 4
+    assert sum(row["images"] for row in figures["classes"]) == 4
+
+
 # Where it cannot be written
 
 
