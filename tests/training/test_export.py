@@ -296,6 +296,24 @@ def test_a_folder_in_the_place_of_the_file_is_one_line(small_run, tmp_path, caps
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("missing", [2_000_000, 1], ids=["at once", "when the evidence is added"])
+def test_a_full_disk_is_one_line_and_nothing_half_written(
+    exported, finished, run_on_a_full_disk, tmp_path, missing
+):
+    older = tmp_path / "inception.onnx"
+    older.write_bytes(b"of an earlier run")
+    largest = exported.path.stat().st_size - missing
+    result = run_on_a_full_disk(largest, "training.export", finished.folder, "-o", tmp_path)
+    assert result.returncode == 2
+    assert ("fp32 on CPU" in result.stderr) == (missing == 1)  # the gate was reached, or not
+    assert "Traceback" not in result.stderr
+    lines = [line for line in result.stderr.splitlines() if line.startswith("training.export:")]
+    assert lines == [f"training.export: cannot write into {tmp_path}: File too large"]
+    assert os.listdir(tmp_path) == ["inception.onnx"]
+    assert older.read_bytes() == b"of an earlier run"
+
+
+@pytest.mark.slow
 def test_an_unknown_precision_is_refused_with_those_known(small_run, tmp_path, capsys):
     assert export.main([str(small_run), "-o", str(tmp_path), "--precision", "fp32,int4"]) == 2
     check_one_line(capsys, "unknown precision 'int4' (known: fp32, fp16, int8)")
