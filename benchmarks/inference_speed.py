@@ -20,9 +20,7 @@ with VNNI:
 - Subtracting a mean colour, three numbers, was a third of baseline; now it is that of a whole row.
 - Joining branches of different ranges was a tenth of inception; now they share one.
 
-Left is nearly nothing but the arithmetic: convolutions take nine tenths of the time. In inception
-they gain less than elsewhere, four times, as those of 1 x 1 and of few channels in 5 x 5 move much
-and multiply little.
+Left is mostly arithmetic: convolutions take 86 % of the time of inception in 8 bits, pooling 7 %.
 """
 
 import argparse
