@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from tinyserve import images
 from tinyserve.dataset import Input
-from tinyserve.engine import Engine, preferred_precisions
+from tinyserve.devices import preferred_precisions
+from tinyserve.engine import Engine
 from tinyserve.errors import ImageError, UsageError
 from tinyserve.modelfile import DEFAULT_MODEL, PRECISIONS, Label, ModelCard, find_model
 

@@ -21,19 +21,15 @@ from tqdm import tqdm
 
 from tinyserve import bench as bench_module
 from tinyserve import compare as comparison
+from tinyserve import doctor as diagnosis
 from tinyserve import verify as verification
 from tinyserve.adopt import adopt as adopt_model
 from tinyserve.adopt import read_labels
 from tinyserve.classifier import Classifier
 from tinyserve.confidence import in_words, operating_point
 from tinyserve.dataset import find_inputs
-from tinyserve.engine import (
-    DEVICES,
-    default_threads,
-    device_name,
-    preferred_precisions,
-    read_card,
-)
+from tinyserve.devices import DEVICES, default_threads, device_name, preferred_precisions
+from tinyserve.engine import read_card
 from tinyserve.errors import ModelFileError, OutputError, TinyserveError, UsageError
 from tinyserve.modelfile import (
     DEFAULT_MODEL,
@@ -381,6 +377,24 @@ def triton(arguments: argparse.Namespace) -> int:
         file=sys.stderr,
     )
     return 0
+
+
+def doctor(arguments: argparse.Namespace) -> int:
+    # What a model falls back from is in its row.
+    logging.getLogger("tinyserve").setLevel(logging.ERROR)
+    found = diagnosis.diagnose()
+    if arguments.json:
+        print(json.dumps(dataclasses.asdict(found), indent=2))
+        return found.exit_code
+    version = found.tinyserve or "(not installed)"
+    print(f"tinyserve {version}, Python {found.python}, {found.platform}")
+    marks = {"ok": "ok", "absent": "-", "problem": "PROBLEM"}
+    _print_columns([(marks[check.status], check.name, check.found) for check in found.checks])
+    if found.default_device:
+        print(f"models run on {found.default_device} by default")
+    else:
+        print("models do not run by default")
+    return found.exit_code
 
 
 def bench(arguments: argparse.Namespace) -> int:
@@ -738,6 +752,15 @@ def _parser() -> argparse.ArgumentParser:
     add("--std", type=_three_numbers, required=True, help="R,G,B in units of 0..1")
     add("--size", type=_at_least_one, required=True, help="side of the images, in pixels")
     add("-o", "--output", metavar="OUT.onnx", required=True)
+
+    command = commands.add_parser(
+        "doctor",
+        help="say what runs models on this machine, and what to do about the rest",
+        description="Try every device, and every installed model on the default one. Exit code 5 "
+        "where a device or ONNX Runtime has a problem, 4 where only a model has.",
+    )
+    command.set_defaults(command=doctor)
+    command.add_argument("--json", action="store_true")
 
     command = commands.add_parser("triton", help="write a model repository for NVIDIA Triton")
     command.set_defaults(command=triton)

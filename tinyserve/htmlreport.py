@@ -13,7 +13,7 @@ from PIL import Image
 
 from tinyserve import images
 from tinyserve.dataset import Input
-from tinyserve.engine import device_name
+from tinyserve.devices import device_name
 from tinyserve.errors import ImageError, OutputError
 from tinyserve.modelfile import candidate
 from tinyserve.statistics import ClassRow, Confusion, Example, HistogramBin, ReliabilityBin, Report

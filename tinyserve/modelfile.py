@@ -279,6 +279,37 @@ def candidate(path: Path) -> Iterator[Path]:
             hidden.unlink()
 
 
+Port = tuple[str, str, tuple[Any, ...]]
+"""Name, NumPy's name of the type, and shape of an input or output of a graph; whatever stands for
+the size of the batch comes first in the shape."""
+
+
+def read_document(
+    path: Path, document: str | None, inputs: Sequence[Port], outputs: Sequence[Port]
+) -> ModelCard:
+    """The card of a file, out of its metadata.
+
+    Raises :class:`ModelFileError` where there is none or it does not fit the graph, and
+    :class:`GateError` where it was changed after it was written.
+    """
+    if document is None:
+        raise ModelFileError(f"{path} is an ONNX model, but none that tinyserve exported")
+    try:
+        card = ModelCard.from_json(document)
+    except (ModelFileError, GateError) as error:
+        raise type(error)(f"{path}: {error}") from error
+    size, classes = card.image_size, len(card.labels)
+    found = [(name, kind, shape[1:]) for name, kind, shape in (*inputs, *outputs)]
+    if len(inputs) != 1 or found != [
+        (INPUT_NAME, "uint8", (size, size, 3)),
+        (OUTPUT_NAME, "float32", (classes,)),
+    ]:
+        raise ModelFileError(
+            f"{path}: its graph is not what its metadata says: {[*inputs]} -> {[*outputs]}"
+        )
+    return card
+
+
 def check_graph(path: Path, card: ModelCard) -> None:
     """Raise :class:`GateError` unless the graph in a file is the one that its card describes."""
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
