@@ -164,7 +164,7 @@ def _replay_golden(path: Path, session: Session) -> float | None:
     if not difference <= golden.tolerance:  # not a number is no pass
         raise GateError(
             f"{path} fails its self-test on {device_name(session.provider)}: a probability "
-            f"is off by {difference:.2g}, more than {golden.tolerance:g}"
+            f"is off by {difference:.3g}, more than {golden.tolerance:g}"
         )
     return difference
 

@@ -82,8 +82,8 @@ def export(
     """
     if unknown := set(precisions) - BOUNDS.keys():
         raise UsageError(f"unknown precision {sorted(unknown)[0]!r} (known: {', '.join(BOUNDS)})")
-    if run.is_file() and (card := read_card(run)).precision != "fp32":
-        raise UsageError(f"{run} is {card.precision}: only a run or its fp32 file can be exported")
+    if run.is_file() and read_card(run).precision == "int8":
+        raise UsageError(f"{run} is int8: only a run, or its fp32 or fp16 file, can be exported")
     weights = pretrained.load(run)
     root, holdout = _data_of(run, data_root)
     dataset = data.load(root, image_size=weights.image_size, skip_bad=True, holdout=holdout)
@@ -250,7 +250,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "run", type=Path, help="folder of a finished run, or its exported fp32 file"
+        "run", type=Path, help="folder of a finished run, or its exported fp32 or fp16 file"
     )
     parser.add_argument(
         "-o", "--output", type=Path, default=Path("exported"), help="folder to write to"
