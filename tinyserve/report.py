@@ -42,6 +42,11 @@ class Tally:
             self.correct_top1 += result.rank == 0
             self.correct_top5 += result.rank < 5
 
+    def merge(self, other: "Tally") -> None:
+        """Adds what another has added up."""
+        for name, count in vars(other).items():
+            setattr(self, name, getattr(self, name) + count)
+
     def summary(
         self, *, model: str, precision: str, provider: str, seconds: float, kept: int = 0
     ) -> Summary:
