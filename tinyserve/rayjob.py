@@ -10,6 +10,7 @@ import itertools
 import logging
 import os
 import pickle
+import socket
 import tempfile
 from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
@@ -18,8 +19,8 @@ from typing import Any
 
 from tinyserve.classifier import Classifier
 from tinyserve.dataset import Input
-from tinyserve.engine import preferred_precisions
-from tinyserve.errors import OutputError, TinyserveError, UsageError
+from tinyserve.engine import default_threads, preferred_precisions
+from tinyserve.errors import DeviceError, OutputError, TinyserveError, UsageError
 from tinyserve.modelfile import candidate, find_model
 from tinyserve.output import open_rows
 from tinyserve.report import Tally
@@ -67,6 +68,8 @@ class Part:
     precision: str
     provider: str
     fallback: str | None
+    node: str
+    """Ray's id of the machine."""
 
 
 def classify(
@@ -81,10 +84,7 @@ def classify(
     """
     folder = _empty_folder(output)
     with _ray(address) as ray:
-        gpus = int(
-            job.device == "cuda"
-            or (job.device == "auto" and ray.cluster_resources().get("GPU", 0) > 0)
-        )
+        room, gpus = _share(ray.nodes(), job)
         tasks = [{"part": pickle.dumps(task)} for task in enumerate(_parts(inputs, part))]
         path = _model_file(job, on_gpu=bool(gpus))
         worker = {
@@ -97,7 +97,11 @@ def classify(
             fn_constructor_kwargs=worker,
             batch_size=1,
             batch_format="pyarrow",
-            compute=ray.data.ActorPoolStrategy(min_size=1, max_size=len(tasks)),
+            # From 1, so that the job outlives machines; all at once, for it need not be found out
+            # that there is work for them.
+            compute=ray.data.ActorPoolStrategy(
+                min_size=1, max_size=len(tasks), initial_size=min(room, len(tasks))
+            ),
             num_cpus=job.workers,
             num_gpus=gpus,
         )
@@ -138,6 +142,8 @@ class _Worker:
         return pa.table({"part": [pickle.dumps(result)]})
 
     def _classify(self, number: int, inputs: list[Input]) -> Part:
+        import ray
+
         job = self._job
         # Not made before now: what fails here is said to the user, what fails earlier by Ray.
         classifier = self._classifier = self._classifier or self._load()
@@ -152,7 +158,15 @@ class _Worker:
                     write(result)
             content = Path(path).read_bytes()
         engine = classifier.engine
-        return Part(number, content, tally, engine.card.precision, engine.provider, engine.fallback)
+        return Part(
+            number=number,
+            content=content,
+            tally=tally,
+            precision=engine.card.precision,
+            provider=engine.provider,
+            fallback=engine.fallback,
+            node=ray.get_runtime_context().get_node_id(),
+        )
 
     def _load(self) -> Classifier:
         import ray
@@ -178,9 +192,10 @@ def _ray(address: str) -> Iterator[Any]:
         import ray.data
     except ModuleNotFoundError as error:
         raise UsageError("--ray needs: pip install 'tinyserve[ray]'") from error
+    cores = default_threads() if address == LOCAL else None
     try:
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-    except (OSError, RuntimeError, ValueError) as error:
+        ray.init(address=address, num_cpus=cores, log_to_driver=False, logging_level=logging.ERROR)
+    except (OSError, RuntimeError, ValueError, OverflowError) as error:
         raise UsageError(f"cannot reach Ray at {address}: {_last_line(error)}") from error
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     ray.data.DataContext.get_current().enable_progress_bars = False
@@ -188,6 +203,25 @@ def _ray(address: str) -> Iterator[Any]:
         yield ray
     finally:
         ray.shutdown()
+
+
+def _share(nodes: Iterable[dict[str, Any]], job: Job) -> tuple[int, int]:
+    """How many classifiers the machines have room for, and the GPUs that each takes, 1 or 0.
+
+    Raises what Ray would wait for without end.
+    """
+    machines = [node["Resources"] for node in nodes if node["Alive"]]
+    with_gpu = [machine for machine in machines if machine.get("GPU", 0) >= 1]
+    if job.device == "cuda" and not with_gpu:
+        raise DeviceError("device cuda cannot run: no machine of the Ray cluster has a GPU")
+    gpus = int(bool(with_gpu) and job.device in ("auto", "cuda"))
+    room = 0
+    for machine in with_gpu if gpus else machines:
+        by_cores = machine.get("CPU", 0) // job.workers
+        room += int(min(by_cores, machine["GPU"]) if gpus else by_cores)
+    if not room:
+        raise UsageError(f"no machine of the Ray cluster has {job.workers} CPUs for -j")
+    return room, gpus
 
 
 def _parts(inputs: Iterable[Input], size: int) -> Iterator[list[Input]]:
