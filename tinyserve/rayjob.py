@@ -194,6 +194,10 @@ def _ray(address: str) -> Iterator[Any]:
         raise UsageError("--ray needs: pip install 'tinyserve[ray]'") from error
     cores = default_threads() if address == LOCAL else None
     try:
+        if "://" not in address and address.rpartition(":")[2].isdecimal():
+            # Ray itself would try for minutes.
+            host, _, port = address.rpartition(":")
+            socket.create_connection((host, int(port)), timeout=10).close()
         ray.init(address=address, num_cpus=cores, log_to_driver=False, logging_level=logging.ERROR)
     except (OSError, RuntimeError, ValueError, OverflowError) as error:
         raise UsageError(f"cannot reach Ray at {address}: {_last_line(error)}") from error
