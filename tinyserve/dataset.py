@@ -54,7 +54,8 @@ class Input:
 
 
 def version_of(path: str) -> str:
-    """Size and time of a file, or of the archive that a path leads into; empty without a file."""
+    """Size and time of a file, or of the archive that a path leads into; empty without a file, as
+    URIs are."""
     while path:
         try:
             status = os.stat(path)

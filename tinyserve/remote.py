@@ -17,7 +17,7 @@ def members(uri: str) -> list[Member]:
     """The image behind a URI, or all anywhere below it; unlike an archive's they can be pickled.
 
     Their names are paths inside the file system, ``bucket/folder/1.jpg``. The URI takes pyarrow's
-    options, as in ``s3://anonymous@bucket/folder?region=eu-west-1``. Raises
+    options, as in ``s3://bucket/folder?region=eu-west-1``. Raises
     :class:`~tinyserve.errors.DataError` where it cannot be listed.
     """
     filesystem, root = _file_system(uri)

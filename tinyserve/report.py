@@ -10,7 +10,8 @@ from tinyserve.classifier import Result
 class Summary:
     """Totals of one job. ``top1`` and ``top5`` are fractions of ``labelled``, in which inputs that
     failed count as wrong; None where nothing is labelled. Of ``inputs``, ``kept`` have their rows
-    from an earlier run of the job; ``seconds`` are those of the others, without loading the model.
+    from an earlier run of the job; ``seconds`` are those of the others, without loading the model
+    but with starting Ray.
     """
 
     model: str
