@@ -159,7 +159,7 @@ def test_a_machine_dies_half_way_and_the_rows_are_complete(cluster, many, tmp_pa
         (["-o", "out", "--resume"], "neither --resume nor --tuned"),
         (["-o", "out", "--format", "csv"], "rows are jsonl or parquet, not csv"),
         (["-o", "full"], "full is not empty"),
-        (["-o", "out", "photos.zip"], "unpack photos.zip first"),
+        (["photos.zip", "-o", "out"], "unpack photos.zip first"),
     ],
 )
 def test_what_cannot_be_done_with_ray_says_so(samples, tmp_path, arguments, words):
