@@ -1,0 +1,138 @@
+"""The tab for one picture: what the model sees, its guesses, the other models', where it looked."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeGuard
+
+from tinyserve.dataset import walk_images
+from tinyserve.demo import render
+from tinyserve.demo.answers import SAMPLES, Answers, Upload
+from tinyserve.errors import TinyserveError
+
+HEIGHT = 300
+
+
+def build(answers: Answers, model: str) -> None:
+    """Add the tab's content, with ``model`` chosen."""
+    import gradio as gr
+
+    with gr.Row():
+        with gr.Column(scale=3):
+            with gr.Row():
+                picture = gr.Image(
+                    label="Picture",
+                    type="filepath",
+                    sources=["upload", "webcam", "clipboard"],
+                    buttons=[],
+                    height=HEIGHT,
+                    elem_id="picture",
+                )
+                seen = gr.Image(
+                    label="What the model sees",
+                    format="png",
+                    interactive=False,
+                    buttons=["fullscreen"],
+                    height=HEIGHT,
+                    elem_id="seen",
+                    alt_text="The picture in the few pixels that the model gets",
+                )
+            seen_note = gr.Markdown(elem_classes="note", elem_id="seen-note")
+            # One of every class folder.
+            if samples := list({Path(p).parent: p for p in walk_images(SAMPLES)}.values()):
+                gr.Examples(
+                    samples,
+                    picture,
+                    label="Samples",
+                    examples_per_page=len(samples),
+                    elem_id="samples",
+                )
+        with gr.Column(scale=2):
+            choice = gr.Radio(answers.models, value=model, label="Model")
+            guesses = gr.HTML(
+                label="Likeliest classes",
+                show_label=True,
+                container=True,
+                elem_id="classes",
+                elem_classes="answer",
+                min_height=HEIGHT,
+            )
+    with gr.Row():
+        with gr.Column(scale=3):
+            table = gr.HTML(
+                label="All models",
+                show_label=True,
+                container=True,
+                elem_id="models",
+                elem_classes="answer",
+                min_height=HEIGHT,
+            )
+        with gr.Column(scale=2):
+            heat = gr.Image(
+                label="Where it looked",
+                format="png",
+                interactive=False,
+                buttons=["fullscreen", "download"],
+                height=HEIGHT,
+                elem_id="heat",
+                alt_text="The picture under a heat map of the places that the guess rests on",
+            )
+            heat_note = gr.HTML(elem_id="heat-note", elem_classes="note")
+            button = gr.Button("Where did it look?", elem_id="explain")
+
+    def show(picture: Upload | None, model: str) -> tuple[Any, ...]:
+        if not _given(picture):
+            return None, "", "", None, ""
+        try:
+            image = render.enlarged(answers.seen(picture, model))
+            words = render.seen_words(answers.classifier(model).card)
+            return image, words, render.bars(answers.classify(picture, model)), None, ""
+        except TinyserveError as error:
+            return None, "", render.problem(error, "classify this picture"), None, ""
+
+    def compare(picture: Upload | None) -> str:
+        if not _given(picture):
+            return ""
+        try:
+            return render.comparison(answers.compare(picture))
+        except TinyserveError:  # said once, beside the picture
+            return ""
+
+    def explain(picture: Upload | None, model: str) -> tuple[Any, str]:
+        if not _given(picture):
+            return None, "Choose a picture first."
+        try:
+            best, occlusion = answers.explain(picture, model)
+            image = render.overlay(answers.seen(picture, model), occlusion.heat)
+        except TinyserveError as error:
+            return None, render.problem(error, "say where it looked")
+        return image, render.heat_words(best, occlusion)
+
+    common: dict[str, Any] = {
+        "api_visibility": "private",
+        # Gradio would open the picture first, fail without words on what is none, and save some
+        # formats anew, with other pixels. Unprocessed, the very file arrives.
+        "preprocess": False,
+        # A picture chosen while another is on its way is answered last.
+        "trigger_mode": "always_last",
+    }
+    gr.on(
+        [picture.change, choice.change],
+        show,
+        [picture, choice],
+        [seen, seen_note, guesses, heat, heat_note],
+        show_progress="hidden",
+        **common,
+    )
+    picture.change(compare, picture, table, show_progress="hidden", **common)
+    button.click(
+        explain,
+        [picture, choice],
+        [heat, heat_note],
+        show_progress_on=heat,
+        **common,
+    )
+
+
+def _given(picture: Upload | None) -> TypeGuard[Upload]:
+    """Whether there is a picture; Gradio also hands over mappings that name none."""
+    return isinstance(picture, Mapping) and bool(picture.get("path"))

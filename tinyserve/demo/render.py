@@ -1,0 +1,173 @@
+"""Answers as the page shows them: HTML and pictures. Whatever is not ours to word is escaped."""
+
+import base64
+from collections import Counter
+from collections.abc import Sequence
+from html import escape
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from tinyserve.classifier import Prediction
+from tinyserve.demo.answers import Answer
+from tinyserve.modelfile import ModelCard
+from tinyserve.occlusion import Occlusion
+from tinyserve.report import Summary
+
+SHOWN_SIDE = 512
+"""Side in pixels of the pictures that :func:`enlarged` and :func:`overlay` make."""
+
+_HEAT = np.array([(40, 10, 90), (140, 30, 120), (230, 75, 60), (255, 175, 40), (255, 250, 190)])
+"""Colours from no heat to the most, RGB."""
+
+
+def names(predictions: Sequence[Prediction]) -> list[str]:
+    """Their names; classes that share one are told apart by their wnid."""
+    plain = [prediction.name for prediction in predictions]
+    return [p.name if plain.count(p.name) == 1 else f"{p.name} ({p.wnid})" for p in predictions]
+
+
+def bars(answer: Answer) -> str:
+    """The guesses with their probabilities; each ``<data>`` has the exact number as its value."""
+    rows = "".join(
+        f"<li><span>{escape(name)}</span>{share_bar(p.probability)}</li>"
+        for name, p in zip(names(answer.predictions), answer.predictions, strict=True)
+    )
+    best = escape(answer.predictions[0].name)
+    return (
+        f'<h2>{best}</h2><ol class="bars">{rows}</ol>'
+        f"<p>{answer.milliseconds:.1f} ms on {escape(answer.device)}</p>"
+    )
+
+
+def comparison(answers: Sequence[Answer]) -> str:
+    """A table of what every model says, under a line that says how far they agree."""
+    guesses = Counter(a.predictions[0].index for a in answers if a.predictions)
+    common, votes = guesses.most_common(1)[0] if guesses else (None, 0)
+    rows = []
+    for answer in answers:
+        model = f'<th scope="row">{escape(answer.model)}</th>'
+        if not answer.predictions:
+            rows.append(f'<tr>{model}<td colspan="5">⚠️ {escape(answer.error or "")}</td></tr>')
+            continue
+        best = answer.predictions[0]
+        agrees = votes > 1 and best.index == common
+        rows.append(
+            f"<tr>{model}<td>{escape(best.name)}</td><td>{share_bar(best.probability)}</td>"
+            f"<td>{'✓' if agrees else '–'}</td>"
+            f"<td>{answer.parameters / 1e6:.2f} M</td><td>{answer.milliseconds:.1f}</td></tr>"
+        )
+    return (
+        f"<p>{_agreement(answers, votes, common)}</p>"
+        '<table class="models"><thead><tr><th scope="col">model</th><th scope="col">its guess</th>'
+        '<th scope="col">probability</th><th scope="col"><abbr title="with most models">agrees'
+        '</abbr></th><th scope="col">parameters</th><th scope="col"><abbr title="milliseconds, '
+        f'decoding included">ms</abbr></th></tr></thead><tbody>{"".join(rows)}</tbody></table>'
+    )
+
+
+def _agreement(answers: Sequence[Answer], votes: int, common: int | None) -> str:
+    best = [answer.predictions[0] for answer in answers if answer.predictions]
+    name = next((escape(p.name) for p in best if p.index == common), "")
+    if len(best) < 2:
+        return ""
+    if votes == 1:
+        return "No two models agree."
+    if votes == len(best):
+        return f"All {votes} models say <strong>{name}</strong>."
+    return f"{votes} of {len(best)} models say <strong>{name}</strong>."
+
+
+def seen_words(card: ModelCard) -> str:
+    """What of the pixels in the picture the network itself gets."""
+    size = card.image_size
+    words = f"{size} × {size} pixels"
+    if card.crop != size:
+        words += f"; the network gets the {card.crop} × {card.crop} in the middle"
+    if card.network_size != card.crop:
+        words += f"; the network gets them as {card.network_size} × {card.network_size}"
+    return words
+
+
+def enlarged(image: NDArray[np.uint8]) -> Image.Image:
+    """A picture with every pixel a crisp square."""
+    return Image.fromarray(image).resize((SHOWN_SIDE, SHOWN_SIDE), Image.Resampling.NEAREST)
+
+
+def overlay(image: NDArray[np.uint8], heat: NDArray[np.float32]) -> Image.Image:
+    """The heat over the picture, whose own colours are subdued; the hottest place is brightest."""
+    strength = np.clip(heat, 0, None)
+    strength /= max(float(strength.max()), 1e-9)
+    smooth = Image.fromarray(strength).resize((SHOWN_SIDE, SHOWN_SIDE), Image.Resampling.BICUBIC)
+    level = np.clip(np.asarray(smooth), 0, 1)
+    steps = np.linspace(0, 1, len(_HEAT))
+    colour = np.stack([np.interp(level, steps, _HEAT[:, channel]) for channel in range(3)], axis=2)
+    pixels = np.asarray(enlarged(image), dtype=np.float32)
+    subdued = 0.25 * pixels + 0.75 * pixels.mean(axis=2, keepdims=True)
+    opacity = (0.3 + 0.35 * level)[:, :, None]
+    return Image.fromarray(((1 - opacity) * subdued + opacity * colour).astype(np.uint8))
+
+
+def totals(summary: Summary) -> str:
+    """A job in a line or two, accuracy with its interval."""
+    words = (
+        f"<strong>{count(summary.inputs, 'picture')}</strong> in {summary.seconds:.1f} s, "
+        f"{summary.images_per_second:.0f} a second"
+    )
+    if summary.failed:
+        words += f"; {summary.failed} could not be read"
+    if summary.top1 is None or summary.top1_ci95 is None or summary.top5 is None:
+        return f"<p>{words}.</p>"
+    low, high = summary.top1_ci95
+    return (
+        f"<p>{words}.</p><dl><div><dt>right</dt><dd>{percent(summary.top1)}</dd></div>"
+        f"<div><dt>among the first five</dt><dd>{percent(summary.top5)}</dd></div></dl>"
+        f"<p>Of the {summary.labelled} whose folder says what they show, those that could not be "
+        f"read included; 95 % interval {100 * low:.1f} to {percent(high)}.</p>"
+    )
+
+
+def heat_words(best: Prediction, occlusion: Occlusion) -> str:
+    """What the hottest place is worth."""
+    name = escape(best.name)
+    if occlusion.lowest >= occlusion.probability:
+        return f"<p>Covering any one place makes <strong>{name}</strong> no less likely.</p>"
+    return (
+        f"<p>Covering the brightest place takes <strong>{name}</strong> from "
+        f"{percent(occlusion.probability)} to {percent(occlusion.lowest)}.</p>"
+    )
+
+
+def mark(correct: bool | None) -> str:
+    return {None: "", True: "✓", False: "✗"}[correct]
+
+
+def download(text: str, name: str) -> str:
+    """A link that saves a text under a name; the text is in the page, in no file on the server."""
+    content = base64.b64encode(text.encode()).decode()
+    return (
+        f'<a class="download" download="{escape(name)}" '
+        f'href="data:text/csv;charset=utf-8;base64,{content}">Download {escape(name)}</a>'
+    )
+
+
+def problem(error: Exception, doing: str) -> str:
+    words = f"⚠️ <strong>Cannot {doing}:</strong> {escape(str(error))}"
+    return f'<p class="problem" role="alert">{words}</p>'
+
+
+def share_bar(fraction: float) -> str:
+    """A fraction as a percentage, with a bar of that length beneath."""
+    return (
+        f'<data value="{fraction!r}">{percent(fraction)}</data>'
+        f'<i style="--share: {fraction:.4f}" aria-hidden="true"></i>'
+    )
+
+
+def percent(fraction: float) -> str:
+    return f"{100 * fraction:.1f} %"
+
+
+def count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
