@@ -18,7 +18,7 @@ from tinyserve.report import Tally
 THUMBNAIL_SIDE = 160
 MAX_SHOWN = 200
 """Pictures in the gallery; the table has them all."""
-HEADERS = ["picture", "right", "guess", "probability", "second guess", "shows", "error"]
+HEADERS = ["picture", "guess", "probability", "right", "shows", "second guess"]
 
 
 def build(answers: Answers, model: str) -> None:
@@ -45,7 +45,8 @@ def build(answers: Answers, model: str) -> None:
     words = gr.HTML(elem_id="totals", elem_classes="answer", min_height=60)
     gallery = gr.Gallery(
         label="Guesses",
-        columns=8,
+        show_label=False,
+        columns=6,
         height="auto",
         object_fit="cover",
         format="png",
@@ -136,10 +137,9 @@ def _row(result: Result) -> list[str]:
     best, second = [*result.predictions[:2], None, None][:2]
     return [
         result.path,
-        mark(result.correct),
-        best.name if best else "",
+        best.name if best else f"⚠️ {result.error}",
         percent(best.probability) if best else "",
-        second.name if second else "",
+        mark(result.correct),
         result.label.name if result.label else "",
-        result.error or "",
+        second.name if second else "",
     ]

@@ -17,14 +17,15 @@ def build(answers: Answers, model: str) -> None:
     import gradio as gr
 
     with gr.Row():
-        with gr.Column(scale=3):
-            with gr.Row():
+        with gr.Column(scale=4):
+            with gr.Row(elem_id="pictures"):
                 picture = gr.Image(
                     label="Picture",
                     type="filepath",
                     sources=["upload", "webcam", "clipboard"],
                     buttons=[],
                     height=HEIGHT,
+                    min_width=120,
                     elem_id="picture",
                 )
                 seen = gr.Image(
@@ -33,10 +34,11 @@ def build(answers: Answers, model: str) -> None:
                     interactive=False,
                     buttons=["fullscreen"],
                     height=HEIGHT,
+                    min_width=120,
                     elem_id="seen",
                     alt_text="The picture in the few pixels that the model gets",
                 )
-            seen_note = gr.Markdown(elem_classes="note", elem_id="seen-note")
+            seen_note = gr.Markdown(elem_id="seen-note", elem_classes="note")
             # One of every class folder.
             if samples := list({Path(p).parent: p for p in walk_images(SAMPLES)}.values()):
                 gr.Examples(
@@ -46,27 +48,14 @@ def build(answers: Answers, model: str) -> None:
                     examples_per_page=len(samples),
                     elem_id="samples",
                 )
-        with gr.Column(scale=2):
-            choice = gr.Radio(answers.models, value=model, label="Model")
-            guesses = gr.HTML(
-                label="Likeliest classes",
-                show_label=True,
-                container=True,
-                elem_id="classes",
-                elem_classes="answer",
-                min_height=HEIGHT,
-            )
-    with gr.Row():
         with gr.Column(scale=3):
-            table = gr.HTML(
-                label="All models",
-                show_label=True,
-                container=True,
-                elem_id="models",
-                elem_classes="answer",
-                min_height=HEIGHT,
-            )
-        with gr.Column(scale=2):
+            choice = gr.Radio(answers.models, value=model, label="Model")
+            guesses = gr.HTML(render.GUESSES_HERE, elem_id="classes", elem_classes="answer")
+    with gr.Row():
+        with gr.Column(scale=4):
+            table = gr.HTML(render.MODELS_HERE, elem_id="models", elem_classes="answer")
+        with gr.Column(scale=3):
+            button = gr.Button("Where did it look?", elem_id="explain")
             heat = gr.Image(
                 label="Where it looked",
                 format="png",
@@ -77,11 +66,10 @@ def build(answers: Answers, model: str) -> None:
                 alt_text="The picture under a heat map of the places that the guess rests on",
             )
             heat_note = gr.HTML(elem_id="heat-note", elem_classes="note")
-            button = gr.Button("Where did it look?", elem_id="explain")
 
     def show(picture: Upload | None, model: str) -> tuple[Any, ...]:
         if not _given(picture):
-            return None, "", "", None, ""
+            return None, "", render.GUESSES_HERE, None, ""
         try:
             image = render.enlarged(answers.seen(picture, model))
             words = render.seen_words(answers.classifier(model).card)
@@ -91,11 +79,11 @@ def build(answers: Answers, model: str) -> None:
 
     def compare(picture: Upload | None) -> str:
         if not _given(picture):
-            return ""
+            return render.MODELS_HERE
         try:
             return render.comparison(answers.compare(picture))
         except TinyserveError:  # said once, beside the picture
-            return ""
+            return render.MODELS_HERE
 
     def explain(picture: Upload | None, model: str) -> tuple[Any, str]:
         if not _given(picture):

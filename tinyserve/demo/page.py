@@ -40,6 +40,7 @@ def build_page(model: str, load: Callable[[str], Classifier]) -> "gr.Blocks":
     page: gr.Blocks
     with gr.Blocks(title="tinyserve", analytics_enabled=False, delete_cache=(600, 3600)) as page:
         answers = Answers(models, load, Path(page.GRADIO_CACHE))
+        endpoints.add(answers, model)  # first, so that nothing else takes their names
         gr.Markdown("# tinyserve\nSmall networks guess what is in your pictures.", elem_id="title")
         with gr.Tab("One picture"):
             one_picture.build(answers, model)
@@ -47,7 +48,6 @@ def build_page(model: str, load: Callable[[str], Classifier]) -> "gr.Blocks":
             many_pictures.build(answers, model)
         with gr.Tab("Models") as tab:
             model_cards.build(tab)
-        endpoints.add(answers, model)
     return page
 
 
@@ -57,7 +57,7 @@ def options() -> dict[str, Any]:
     import gradio as gr
 
     # In the system's own fonts: Gradio's would have to be loaded from somewhere.
-    theme = gr.themes.Soft(primary_hue="teal", neutral_hue="slate", font=FONTS, font_mono=FONTS)
+    theme = gr.themes.Default(primary_hue="teal", neutral_hue="slate", font=FONTS, font_mono=FONTS)
     return {
         "theme": theme,
         "css_paths": Path(__file__).with_name("style.css"),

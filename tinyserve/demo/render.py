@@ -18,6 +18,10 @@ from tinyserve.report import Summary
 SHOWN_SIDE = 512
 """Side in pixels of the pictures that :func:`enlarged` and :func:`overlay` make."""
 
+GUESSES_HERE = "<h3>Likeliest classes</h3><p>Choose a picture, or take a sample.</p>"
+MODELS_HERE = "<h3>All models</h3><p>What each of them says of the picture.</p>"
+"""What stands where the answers will."""
+
 _HEAT = np.array([(40, 10, 90), (140, 30, 120), (230, 75, 60), (255, 175, 40), (255, 250, 190)])
 """Colours from no heat to the most, RGB."""
 
@@ -36,8 +40,8 @@ def bars(answer: Answer) -> str:
     )
     best = escape(answer.predictions[0].name)
     return (
-        f'<h2>{best}</h2><ol class="bars">{rows}</ol>'
-        f"<p>{answer.milliseconds:.1f} ms on {escape(answer.device)}</p>"
+        f'<h3>Likeliest classes</h3><h2>{best}</h2><ol class="bars">{rows}</ol>'
+        f"<p class=note>{answer.milliseconds:.1f} ms on {escape(answer.device)}</p>"
     )
 
 
@@ -59,7 +63,7 @@ def comparison(answers: Sequence[Answer]) -> str:
             f"<td>{answer.parameters / 1e6:.2f} M</td><td>{answer.milliseconds:.1f}</td></tr>"
         )
     return (
-        f"<p>{_agreement(answers, votes, common)}</p>"
+        f"<h3>All models</h3><p>{_agreement(answers, votes, common)}</p>"
         '<table class="models"><thead><tr><th scope="col">model</th><th scope="col">its guess</th>'
         '<th scope="col">probability</th><th scope="col"><abbr title="with most models">agrees'
         '</abbr></th><th scope="col">parameters</th><th scope="col"><abbr title="milliseconds, '
@@ -121,10 +125,10 @@ def totals(summary: Summary) -> str:
         return f"<p>{words}.</p>"
     low, high = summary.top1_ci95
     return (
-        f"<p>{words}.</p><dl><div><dt>right</dt><dd>{percent(summary.top1)}</dd></div>"
-        f"<div><dt>among the first five</dt><dd>{percent(summary.top5)}</dd></div></dl>"
-        f"<p>Of the {summary.labelled} whose folder says what they show, those that could not be "
-        f"read included; 95 % interval {100 * low:.1f} to {percent(high)}.</p>"
+        f"<p>{words}.</p><dl><div><dt>top-1</dt><dd>{percent(summary.top1)}</dd></div>"
+        f"<div><dt>top-5</dt><dd>{percent(summary.top5)}</dd></div></dl>"
+        f"<p class=note>Of {count(summary.labelled, 'labelled picture')}; 95 % interval of top-1 "
+        f"{100 * low:.1f} to {percent(high)}. What cannot be read counts as wrong.</p>"
     )
 
 
