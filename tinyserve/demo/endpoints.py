@@ -55,14 +55,16 @@ def add(answers: Answers, model: str) -> None:
 
     @errors_in_words()
     def classify_many(files: list[Upload], model: str = model) -> list[dict[str, Any]]:
-        """A row for every picture in files and zip archives, as ``tinyserve classify -o x.jsonl``
-        writes them."""
+        """A row for every picture in files and zip archives: what ``tinyserve classify`` writes as
+        JSON lines, with ``picture`` for ``path``."""
         inputs = answers.inputs(files)
         text = io.StringIO()
         write = output.writer("jsonl", text, inputs, 5)
         for result in answers.classifier(model).classify_many(inputs):
             write(result)
-        return [json.loads(line) for line in text.getvalue().splitlines()]
+        rows = [json.loads(line) for line in text.getvalue().splitlines()]
+        # Gradio's client takes everything with a "path" for a file that it has to fetch.
+        return [{"picture": row.pop("path"), **row} for row in rows]
 
     def models() -> list[str]:
         """The models' names, as the other endpoints take them."""

@@ -29,7 +29,7 @@ def build(answers: Answers, model: str) -> None:
                     elem_id="picture",
                 )
                 seen = gr.Image(
-                    label="What the model sees",
+                    label="The model sees",
                     format="png",
                     interactive=False,
                     buttons=["fullscreen"],
@@ -110,8 +110,7 @@ def build(answers: Answers, model: str) -> None:
         [seen, seen_note, guesses, heat, heat_note],
         show_progress="hidden",
         **common,
-    )
-    picture.change(compare, picture, table, show_progress="hidden", **common)
+    ).then(compare, picture, table, show_progress="hidden", **common)
     button.click(
         explain,
         [picture, choice],

@@ -18,8 +18,8 @@ from tinyserve.report import Summary
 SHOWN_SIDE = 512
 """Side in pixels of the pictures that :func:`enlarged` and :func:`overlay` make."""
 
-GUESSES_HERE = "<h3>Likeliest classes</h3><p>Choose a picture, or take a sample.</p>"
-MODELS_HERE = "<h3>All models</h3><p>What each of them says of the picture.</p>"
+GUESSES_HERE = "<h2>Likeliest classes</h2><p>Choose a picture, or take a sample.</p>"
+MODELS_HERE = "<h2>All models</h2><p>What each of them says of the picture.</p>"
 """What stands where the answers will."""
 
 _HEAT = np.array([(40, 10, 90), (140, 30, 120), (230, 75, 60), (255, 175, 40), (255, 250, 190)])
@@ -40,7 +40,7 @@ def bars(answer: Answer) -> str:
     )
     best = escape(answer.predictions[0].name)
     return (
-        f'<h3>Likeliest classes</h3><h2>{best}</h2><ol class="bars">{rows}</ol>'
+        f'<h2>Likeliest classes</h2><p class="best">{best}</p><ol class="bars">{rows}</ol>'
         f"<p class=note>{answer.milliseconds:.1f} ms on {escape(answer.device)}</p>"
     )
 
@@ -51,23 +51,24 @@ def comparison(answers: Sequence[Answer]) -> str:
     common, votes = guesses.most_common(1)[0] if guesses else (None, 0)
     rows = []
     for answer in answers:
-        model = f'<th scope="row">{escape(answer.model)}</th>'
+        size = f"{answer.parameters / 1e6:.2f} M" if answer.parameters else ""
+        model = f'<th scope="row">{escape(answer.model)}<small>{size}</small></th>'
         if not answer.predictions:
-            rows.append(f'<tr>{model}<td colspan="5">⚠️ {escape(answer.error or "")}</td></tr>')
+            rows.append(f'<tr>{model}<td colspan="4">⚠️ {escape(answer.error or "")}</td></tr>')
             continue
         best = answer.predictions[0]
         agrees = votes > 1 and best.index == common
         rows.append(
             f"<tr>{model}<td>{escape(best.name)}</td><td>{share_bar(best.probability)}</td>"
-            f"<td>{'✓' if agrees else '–'}</td>"
-            f"<td>{answer.parameters / 1e6:.2f} M</td><td>{answer.milliseconds:.1f}</td></tr>"
+            f"<td>{'✓' if agrees else '–'}</td><td>{answer.milliseconds:.1f}</td></tr>"
         )
     return (
-        f"<h3>All models</h3><p>{_agreement(answers, votes, common)}</p>"
-        '<table class="models"><thead><tr><th scope="col">model</th><th scope="col">its guess</th>'
-        '<th scope="col">probability</th><th scope="col"><abbr title="with most models">agrees'
-        '</abbr></th><th scope="col">parameters</th><th scope="col"><abbr title="milliseconds, '
-        f'decoding included">ms</abbr></th></tr></thead><tbody>{"".join(rows)}</tbody></table>'
+        f"<h2>All models</h2><p>{_agreement(answers, votes, common)}</p>"
+        '<table class="models"><thead><tr><th scope="col">model<small>parameters</small></th>'
+        '<th scope="col">guess</th><th scope="col">probability</th>'
+        '<th scope="col"><abbr title="with most models">agrees</abbr></th>'
+        '<th scope="col"><abbr title="milliseconds, decoding included">ms</abbr></th></tr></thead>'
+        f"<tbody>{''.join(rows)}</tbody></table>"
     )
 
 
