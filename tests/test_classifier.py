@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 from tinyserve import Classifier
-from tinyserve.classifier import _label_keys, _rank
+from tinyserve.archives import Member
+from tinyserve.classifier import _batches, _label_keys, _rank
 from tinyserve.dataset import Input, find_inputs
 from tinyserve.errors import ImageError
 from tinyserve.modelfile import Label
@@ -44,7 +45,7 @@ def test_asking_for_more_classes_than_there_are_gives_all(classifier, samples):
 
 @pytest.mark.parametrize("batch_size", [1, 7, 32, 64])
 def test_many_come_in_order_whatever_the_batch(classifier, samples, batch_size):
-    inputs = find_inputs([str(samples)])
+    inputs = list(find_inputs([str(samples)]))
     results = list(classifier.classify_many(inputs, batch_size=batch_size))
     assert [result.path for result in results] == [item.path for item in inputs]
     for result in results:
@@ -92,6 +93,16 @@ def test_an_endless_stream_is_read_only_as_far_as_needed(classifier, samples):
         next(results)
     results.close()
     assert taken <= 10 + 4 * 4
+
+
+def test_images_that_are_in_memory_already_end_a_batch_early():
+    def inputs(in_memory):
+        for number in range(10):
+            member = Member(str(number), None, bytes, in_memory)
+            yield Input(f"a.tar/{number}", None, member)
+
+    assert [len(batch) for batch in _batches(inputs(0), 4)] == [4, 4, 2]
+    assert [len(batch) for batch in _batches(inputs(2**25), 4)] == [3, 3, 3, 1]
 
 
 def test_labels_match_by_wnid_and_by_name_but_never_by_position(classifier, samples):

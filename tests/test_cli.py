@@ -43,7 +43,10 @@ def test_jsonl_has_one_line_an_input_in_order(classified, samples):
     assert set(paths) == set(samples.rglob("*.JPEG"))
     assert [path.parent for path in paths] == sorted(path.parent for path in paths)
     for row in rows:
-        assert list(row) == ["path", "status", "error", "predictions", "label", "correct"]
+        assert list(row) == [
+            "path", "status", "error", "label", "rank", "correct", "version", "model",
+            "predictions",
+        ]  # fmt: skip
         assert row["status"] == "ok"
         assert row["error"] is None
         assert len(row["predictions"]) == 5
@@ -60,7 +63,7 @@ def test_summary_agrees_with_the_rows(samples, tmp_path):
     rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
     summary = json.loads((tmp_path / "s.json").read_text())
     assert list(summary) == [
-        "model", "precision", "provider", "inputs", "ok", "failed", "labelled",
+        "model", "precision", "provider", "inputs", "kept", "ok", "failed", "labelled",
         "top1", "top1_ci95", "top5", "seconds", "images_per_second",
     ]  # fmt: skip
     top5 = [row["label"] in [p["wnid"] for p in row["predictions"]] for row in rows]
@@ -86,8 +89,8 @@ def test_csv_has_columns_for_every_prediction(samples):
     )
     rows = list(csv.DictReader(io.StringIO(run.stdout)))
     assert len(rows) == 2
-    assert list(rows[0])[:5] == ["path", "status", "error", "label", "correct"]
-    assert list(rows[0])[5:] == [
+    columns = ["path", "status", "error", "label", "rank", "correct", "version", "model"]
+    assert list(rows[0]) == columns + [
         f"{field}_{place}" for place in (1, 2) for field in ("index", "wnid", "name", "probability")
     ]
     assert float(rows[0]["probability_1"]) >= float(rows[0]["probability_2"])
@@ -168,7 +171,7 @@ def test_failed_inputs_count_as_wrong(tmp_path):
         (["classify", "EMPTY"], 1, "no images in"),
         (["classify", "SAMPLE", "-m", "vgg"], 1, "unknown model 'vgg' (known: "),
         (["classify", "SAMPLE", "-m", "TEXT.onnx"], 1, "no ONNX model"),
-        (["classify", "SAMPLE", "-o", "nowhere/rows.csv", "--device", "cpu"], 2, "cannot write"),
+        (["classify", "SAMPLE", "-o", "nowhere/rows.csv", "--device", "cpu"], 1, "cannot write"),
         (["info", "vgg"], 1, "unknown model 'vgg' (known: "),
         (["info", "TEXT.onnx"], 1, "no ONNX model"),
     ],

@@ -1,9 +1,11 @@
+import io
 import os
+import sys
 
 import pytest
 
-from tinyserve.dataset import Input, find_inputs, read_annotations
-from tinyserve.errors import DataError
+from tinyserve.dataset import Input, find_inputs, read_annotations, version_of
+from tinyserve.errors import DataError, ImageError
 
 
 def touch(path):
@@ -37,10 +39,61 @@ def test_a_file_whose_name_looks_like_a_glob_is_taken_as_it_is(tmp_path):
     assert [i.path for i in find_inputs([str(path)])] == [str(path)]
 
 
-def test_links_that_go_round_in_circles_end(tmp_path):
+def test_links_are_followed_and_those_that_go_round_in_circles_end(tmp_path):
     touch(tmp_path / "a" / "1.jpg")
+    touch(tmp_path / "b" / "2.jpg")
     (tmp_path / "a" / "loop").symlink_to(tmp_path)
-    assert len(find_inputs([str(tmp_path)])) == 1
+    (tmp_path / "a" / "other").symlink_to(tmp_path / "b")
+    (tmp_path / "b" / "first").symlink_to(tmp_path / "a")
+    found = {os.path.relpath(item.path, tmp_path) for item in find_inputs([str(tmp_path)])}
+    assert found == {"a/1.jpg", "a/other/2.jpg", "b/2.jpg", "b/first/1.jpg"}
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_a_folder_that_cannot_be_read_is_an_input_that_fails(tmp_path):
+    touch(tmp_path / "closed" / "1.jpg")
+    touch(tmp_path / "open" / "2.jpg")
+    (tmp_path / "closed").chmod(0)
+    closed, readable = find_inputs([str(tmp_path)])
+    assert readable.path.endswith("2.jpg")
+    with pytest.raises(ImageError, match="cannot read"):
+        closed.read()
+
+
+def test_nothing_is_listed_before_it_is_asked_for(tmp_path, monkeypatch):
+    touch(tmp_path / "a" / "1.jpg")
+    touch(tmp_path / "b" / "2.jpg")
+    listed = []
+    scandir = os.scandir
+    monkeypatch.setattr(os, "scandir", lambda path: listed.append(path) or scandir(path))
+    inputs = find_inputs([str(tmp_path)])
+    assert next(inputs).path.endswith("1.jpg")
+    assert not any(path.endswith("b") for path in listed)
+    assert next(inputs).path.endswith("2.jpg")
+    assert any(path.endswith("b") for path in listed)
+
+
+def test_paths_come_in_on_stdin(tmp_path, monkeypatch):
+    touch(tmp_path / "goldfish" / "1.jpg")
+    touch(tmp_path / "goldfish" / "caf\udce9.jpg")
+    lines = f"{tmp_path}/goldfish/1.jpg\r\n\n{tmp_path}/missing.jpg\n{tmp_path}/goldfish"
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines.encode())))
+    found = [(os.path.relpath(i.path, tmp_path), i.label) for i in find_inputs(["-"])]
+    assert found == [
+        ("goldfish/1.jpg", "goldfish"),
+        ("missing.jpg", tmp_path.name),
+        ("goldfish/1.jpg", "goldfish"),
+        ("goldfish/caf\udce9.jpg", "goldfish"),
+    ]
+
+
+def test_a_version_changes_with_the_file_and_inside_an_archive_with_the_archive(tmp_path):
+    path = touch(tmp_path / "photos.zip")
+    before = version_of(str(path))
+    assert before == version_of(f"{path}/cat/../1.jpg") != ""
+    path.write_bytes(b"xx")
+    assert version_of(f"{path}/cat/1.jpg") != before
+    assert version_of(str(tmp_path / "missing.jpg")) == version_of("") == ""
 
 
 def test_class_folders_are_labels(samples):
@@ -63,7 +116,7 @@ def test_one_file_of_val_knows_its_label_from_any_working_directory(tmp_path, mo
     touch(tmp_path / "val" / "images" / "val_0.JPEG")
     (tmp_path / "val" / "val_annotations.txt").write_text("val_0.JPEG\tn03444034\n")
     monkeypatch.chdir(tmp_path / "val" / "images")
-    assert find_inputs(["val_0.JPEG"]) == [Input("val_0.JPEG", "n03444034")]
+    assert list(find_inputs(["val_0.JPEG"])) == [Input("val_0.JPEG", "n03444034")]
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,10 @@
 import io
+import os
 import struct
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from tinyserve import images
 from tinyserve.errors import ImageError
@@ -161,5 +162,36 @@ def test_bomb_in_a_jpeg_header_is_refused_before_decoding(photo):
 def test_missing_file_and_folder_are_image_errors(tmp_path):
     with pytest.raises(ImageError, match="cannot read: No such file"):
         images.load(tmp_path / "nothing.jpg", size=64)
-    with pytest.raises(ImageError, match="cannot read: Is a directory"):
+    with pytest.raises(ImageError, match="cannot read: a folder"):
         images.load(tmp_path, size=64)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_every_orientation_is_turned_as_pillow_turns_it(picture, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encode(picture, "JPEG", quality=95, exif=exif)
+    with Image.open(io.BytesIO(data)) as opened:
+        expected = np.asarray(ImageOps.exif_transpose(opened))
+    decoded = images.decode(data)
+    assert np.array_equal(decoded, expected)
+    assert decoded.flags.c_contiguous
+
+
+def test_a_large_jpeg_decoded_small_is_hardly_another_picture(samples):
+    with Image.open(samples / "goldfish" / "val_68.JPEG") as sample:
+        large = sample.resize((2000, 1500), Image.Resampling.BICUBIC)
+    data = encode(large, "JPEG", quality=90)
+    assert images.decode(data, at_least=256).shape == (375, 500, 3)
+    assert images.decode(data).shape == (1500, 2000, 3)
+    small, whole = images.load(data, size=64), images.resize(images.decode(data), 64)
+    difference = np.abs(small.astype(int) - whole)
+    assert 0 < difference.max() <= 3
+    assert difference.mean() < 0.5
+
+
+def test_what_is_no_regular_file_is_not_opened(tmp_path):
+    os.mkfifo(tmp_path / "pipe.jpg")
+    for path in (tmp_path / "pipe.jpg", "/dev/zero", "nul\0.jpg"):
+        with pytest.raises(ImageError, match="cannot read"):
+            images.read(path)

@@ -1,9 +1,8 @@
 """The one predictor: images in, predictions out. Everything that serves goes through it."""
 
-import itertools
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -12,9 +11,12 @@ from numpy.typing import NDArray
 
 from tinyserve import images
 from tinyserve.dataset import Input
-from tinyserve.engine import Engine, default_threads, preferred_precisions
+from tinyserve.engine import Engine, preferred_precisions
 from tinyserve.errors import ImageError, UsageError
 from tinyserve.modelfile import DEFAULT_MODEL, PRECISIONS, Label, ModelCard, find_model
+
+_HELD = 64 * 2**20
+"""Bytes of image files out of archives after which a batch is full."""
 
 Source = str | os.PathLike[str] | bytes
 
@@ -35,6 +37,8 @@ class Result:
     with ``error`` set where the input is no usable image."""
 
     input: Input
+    version: str
+    """The input's when it was read."""
     error: str | None
     predictions: tuple[Prediction, ...]
     label: Label | None
@@ -58,8 +62,9 @@ class Classifier:
 
     ``model`` is the name of an installed model or the path of a model file. Of a model installed in
     several precisions, ``precision`` picks one: ``fp32``, ``fp16``, ``int8``, or ``auto`` for the
-    one that suits the device. ``device``, ``threads`` and ``self_test`` are
-    :class:`~tinyserve.engine.Engine`'s. Safe to use from several threads.
+    one that suits the device. ``device``, ``threads``, ``streams`` and ``self_test`` are
+    :class:`~tinyserve.engine.Engine`'s; one stream answers a single image soonest, as many as there
+    are threads get the most images through. Safe to use from several threads.
     """
 
     def __init__(
@@ -69,6 +74,7 @@ class Classifier:
         precision: str = "auto",
         device: str | None = None,
         threads: int | None = None,
+        streams: int = 1,
         self_test: bool = True,
     ) -> None:
         if precision != "auto" and precision not in PRECISIONS:
@@ -77,7 +83,9 @@ class Classifier:
             )
         precisions = preferred_precisions(device) if precision == "auto" else (precision,)
         path = find_model(model, precisions)
-        self.engine = Engine(path, device=device, threads=threads, self_test=self_test)
+        self.engine = Engine(
+            path, device=device, threads=threads, streams=streams, self_test=self_test
+        )
         self._labels_by_key = _label_keys(self.card.labels)
 
     @property
@@ -95,51 +103,63 @@ class Classifier:
 
     def classify_many(
         self, inputs: Iterable[Input | str], k: int = 5, batch_size: int = 32
-    ) -> Iterator[Result]:
+    ) -> Generator[Result, None, None]:
         """One :class:`Result` for every input, in order, while they come; memory stays constant.
 
-        An unusable image gets a result that says so and leaves its neighbours alone.
+        An unusable image gets a result that says so and leaves its neighbours alone. As many
+        batches as the engine has streams run at a time, while another is decoded.
         """
-        for batch in self._decoded_batches(inputs, batch_size):
-            good = [image for _, image in batch if not isinstance(image, ImageError)]
-            rows: Iterator[NDArray[np.float32]] = iter(
-                self.engine.run(np.stack(good)) if good else ()
-            )
-            for item, image in batch:
-                index = self.label_index(item.label)
-                label = None if index is None else self.card.labels[index]
-                if isinstance(image, ImageError):
-                    yield Result(item, str(image), (), label, None)
-                    continue
-                row = next(rows)
-                rank = None if index is None else _rank(row, index)
-                yield Result(item, None, self._top(row, k), label, rank)
-
-    def _decoded_batches(
-        self, inputs: Iterable[Input | str], batch_size: int
-    ) -> Iterator[list[tuple[Input, NDArray[np.uint8] | ImageError]]]:
-        """Batches of decoded images; the next ones are decoded while the caller has this one."""
-        pending: deque[tuple[Input, Future[NDArray[np.uint8] | ImageError]]] = deque()
         items = (Input(item, None) if isinstance(item, str) else item for item in inputs)
-        with ThreadPoolExecutor(default_threads(), thread_name_prefix="decode") as pool:
+        pending: deque[Future[list[Result]]] = deque()
+        workers = self.engine.streams + 1
+        with ThreadPoolExecutor(workers, thread_name_prefix="classify") as pool:
             try:
-                while True:
-                    for item in itertools.islice(items, 3 * batch_size - len(pending)):
-                        pending.append((item, pool.submit(self._decode, item)))
-                    if not pending:
-                        return
-                    count = min(batch_size, len(pending))
-                    batch = [pending.popleft() for _ in range(count)]
-                    yield [(item, future.result()) for item, future in batch]
+                for batch in _batches(items, batch_size):
+                    pending.append(pool.submit(self._classify_batch, batch, k))
+                    # One batch more than are at work, so that no thread waits for the caller.
+                    if len(pending) > workers:
+                        yield from pending.popleft().result()
+                while pending:
+                    yield from pending.popleft().result()
             finally:
-                for _, future in pending:
+                for future in pending:
                     future.cancel()
 
-    def _decode(self, item: Input) -> NDArray[np.uint8] | ImageError:
-        try:
-            return images.load(item.read(), size=self.card.image_size)
-        except ImageError as error:
-            return error
+    def _classify_batch(self, batch: Sequence[Input], k: int) -> list[Result]:
+        size = self.card.image_size
+        pixels = np.empty((len(batch), size, size, 3), np.uint8)
+        versions: list[str] = []
+        errors: list[str | None] = []
+        good = 0
+        for item in batch:
+            # Before it is read: should it change meanwhile, this is no longer its version.
+            versions.append(item.version)
+            try:
+                pixels[good] = images.load(item.read(), size=size)
+                errors.append(None)
+                good += 1
+            except ImageError as error:
+                errors.append(str(error))
+        rows = iter(self.engine.run(pixels[:good]) if good else ())
+        return [
+            self._result(item, version, error, None if error else next(rows), k)
+            for item, version, error in zip(batch, versions, errors, strict=True)
+        ]
+
+    def _result(
+        self,
+        item: Input,
+        version: str,
+        error: str | None,
+        row: NDArray[np.float32] | None,
+        k: int,
+    ) -> Result:
+        index = self.label_index(item.label)
+        label = None if index is None else self.card.labels[index]
+        if row is None:
+            return Result(item, version, error, (), label, None)
+        rank = None if index is None else _rank(row, index)
+        return Result(item, version, None, self._top(row, k), label, rank)
 
     def _top(self, row: NDArray[np.float32], k: int) -> tuple[Prediction, ...]:
         best = np.argsort(-row, kind="stable")[:k]
@@ -151,6 +171,20 @@ class Classifier:
     def label_index(self, label: str | None) -> int | None:
         """The class that a label, a name or WordNet id, stands for; None where it is none."""
         return None if label is None else self._labels_by_key.get(_key(label))
+
+
+def _batches(items: Iterator[Input], batch_size: int) -> Iterator[list[Input]]:
+    """So many inputs at a time, fewer where they hold much memory already."""
+    batch: list[Input] = []
+    held = 0
+    for item in items:
+        batch.append(item)
+        held += 0 if item.member is None else item.member.in_memory
+        if len(batch) == batch_size or held > _HELD:
+            yield batch
+            batch, held = [], 0
+    if batch:
+        yield batch
 
 
 def _rank(row: NDArray[np.float32], index: int) -> int:

@@ -5,7 +5,9 @@ Results go to stdout, everything else to stderr. Exit codes: 0 clean, 1 failure,
 """
 
 import argparse
+import contextlib
 import dataclasses
+import itertools
 import json
 import logging
 import os
@@ -13,7 +15,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from tqdm import tqdm
 
@@ -23,8 +25,14 @@ from tinyserve.adopt import adopt as adopt_model
 from tinyserve.adopt import read_labels
 from tinyserve.classifier import Classifier
 from tinyserve.dataset import find_inputs
-from tinyserve.engine import DEVICES, device_name, preferred_precisions, read_card
-from tinyserve.errors import ModelFileError, TinyserveError, UsageError
+from tinyserve.engine import (
+    DEVICES,
+    default_threads,
+    device_name,
+    preferred_precisions,
+    read_card,
+)
+from tinyserve.errors import ModelFileError, OutputError, TinyserveError, UsageError
 from tinyserve.modelfile import (
     DEFAULT_MODEL,
     PRECISIONS,
@@ -34,11 +42,15 @@ from tinyserve.modelfile import (
     installed_models,
     search_folders,
 )
-from tinyserve.output import FORMATS, format_of, open_output, writer
+from tinyserve.output import FORMATS, format_of, open_rows
 from tinyserve.report import Summary, Tally
+from tinyserve.resume import Resumed
 from tinyserve.triton import write_repository
 
 SOME_FAILED = 3
+
+_FIRST = 10_000
+"""Inputs that are listed before work begins: a bar and a table are laid out after them."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -56,41 +68,79 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"tinyserve: {error}", file=sys.stderr)
         return error.exit_code
     except BrokenPipeError:  # the reader, `head` for one, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except KeyboardInterrupt:
         print("tinyserve: interrupted", file=sys.stderr)
         return 130
+    finally:
+        _let_go_of_stdout()
+
+
+def _let_go_of_stdout() -> None:
+    """What could not be written must not fail once more, and aloud, when Python closes stdout."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def classify(arguments: argparse.Namespace) -> int:
+    output = arguments.output
+    format_ = arguments.format or format_of(output)
+    if arguments.resume and output is None:
+        raise UsageError("--resume goes on with the file that -o names")
     inputs = find_inputs(arguments.paths)
-    format_ = arguments.format or format_of(arguments.output)
     classifier = Classifier(
         arguments.model,
         precision=arguments.precision,
         device=arguments.device,
+        streams=arguments.workers or default_threads(),
         self_test=not arguments.no_self_test,
     )
+    k = min(arguments.topk, len(classifier.card.labels))
     tally = Tally()
+    if arguments.resume:
+        resumed = Resumed(output, format_, classifier, k)
+        for result in resumed.results():
+            tally.add(result)
+        inputs = resumed.left(inputs)
+    kept = tally.inputs
+    first = list(itertools.islice(inputs, _FIRST))
     start = time.perf_counter()
-    with open_output(arguments.output) as stream:
-        write = writer(format_, stream, inputs, arguments.topk)
-        results = classifier.classify_many(
-            inputs, k=arguments.topk, batch_size=arguments.batch_size
-        )
-        # On a terminal the rows themselves show the progress; a bar would run through them.
-        quiet = True if stream.isatty() else None
-        for result in tqdm(results, total=len(inputs), unit="image", disable=quiet, leave=False):
+    with (
+        open_rows(
+            output,
+            format_,
+            inputs=first,
+            k=k,
+            model=classifier.card.fingerprint,
+            append=kept > 0,
+        ) as write,
+        contextlib.closing(
+            classifier.classify_many(
+                itertools.chain(first, inputs), k=k, batch_size=arguments.batch_size
+            )
+        ) as results,
+        _progress(len(first) if len(first) < _FIRST else None, rows=output is None) as bar,
+    ):
+        for result in results:
             tally.add(result)
             write(result)
-        stream.flush()
+            bar.update()
+            if arguments.max_errors is not None and tally.failed > arguments.max_errors:
+                break
     summary = tally.summary(
         model=_model_name(arguments.model),
         precision=classifier.card.precision,
         provider=classifier.engine.provider,
         seconds=time.perf_counter() - start,
+        kept=kept,
     )
+    if arguments.max_errors is not None and tally.failed > arguments.max_errors:
+        print(
+            f"tinyserve: stopped: more than {arguments.max_errors:,} inputs failed",
+            file=sys.stderr,
+        )
     for line in _summary_lines(summary):
         print(line, file=sys.stderr)
     if arguments.summary:
@@ -98,8 +148,15 @@ def classify(arguments: argparse.Namespace) -> int:
         try:
             Path(arguments.summary).write_text(document)
         except OSError as error:
-            raise UsageError(f"cannot write {arguments.summary}: {error.strerror}") from error
+            raise OutputError(f"cannot write {arguments.summary}: {error.strerror}") from error
     return SOME_FAILED if summary.failed else 0
+
+
+def _progress(total: int | None, *, rows: bool) -> "tqdm[NoReturn]":
+    """A bar on stderr, if that is a terminal. Where rows are printed on a terminal, they show the
+    progress themselves, and a bar would run through them."""
+    quiet = True if rows and sys.stdout.isatty() else None
+    return tqdm(total=total, unit="image", disable=quiet, leave=False)
 
 
 def models(arguments: argparse.Namespace) -> int:
@@ -204,7 +261,7 @@ def verify(arguments: argparse.Namespace) -> int:
             f"{test.max_difference:.1e}, {test.tolerance:g} allowed"
         )
     if arguments.data is not None:
-        inputs = find_inputs([_validation_folder(arguments.data)])
+        inputs = list(find_inputs([_validation_folder(arguments.data)]))
         with tqdm(total=len(inputs), unit="image", disable=None, leave=False) as bar:
             found = verification.replay(classifier, inputs, lambda _: bar.update())
         document["replay"] = {**dataclasses.asdict(found), "difference": found.difference}
@@ -223,7 +280,7 @@ def verify(arguments: argparse.Namespace) -> int:
 def compare(arguments: argparse.Namespace) -> int:
     names = (arguments.a, arguments.b)
     a, b = (Classifier(name, device=arguments.device) for name in names)
-    inputs = find_inputs([_validation_folder(arguments.data)])
+    inputs = list(find_inputs([_validation_folder(arguments.data)]))
     with tqdm(total=len(inputs), unit="image", disable=None, leave=False) as bar:
         found = comparison.compare(a, b, inputs, batch_size=arguments.batch_size, watch=bar.update)
     if found.unreadable:
@@ -344,8 +401,9 @@ def _how(training: Training) -> str:
 
 
 def _summary_lines(summary: Summary) -> Iterator[str]:
+    kept = f", {summary.kept:,} of them done before" if summary.kept else ""
     yield (
-        f"{summary.inputs:,} images, {summary.failed:,} failed; {summary.model} "
+        f"{summary.inputs:,} images{kept}, {summary.failed:,} failed; {summary.model} "
         f"({summary.precision}) on {device_name(summary.provider)}, "
         f"{summary.seconds:.1f} s, {summary.images_per_second:,.0f} images/s"
     )
@@ -396,6 +454,13 @@ def _at_least_one(text: str) -> int:
     return number
 
 
+def _none_or_more(text: str) -> int:
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError("must be at least 0")
+    return number
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="tinyserve", description="Classify images with small, self-describing ONNX models."
@@ -410,7 +475,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.set_defaults(command=classify)
     add = command.add_argument
-    add("paths", nargs="+", metavar="PATH", help="files, folders (searched recursively) or globs")
+    add(
+        "paths",
+        nargs="+",
+        metavar="PATH",
+        help="files, folders (searched recursively), globs, .zip, .tar and .parquet archives, or - "
+        "for paths on stdin",
+    )
     add("-m", "--model", default=DEFAULT_MODEL, help="name or .onnx file (default: %(default)s)")
     add("-k", "--topk", type=_at_least_one, default=5, help="predictions an image (default: 5)")
     add("-b", "--batch-size", type=_at_least_one, default=32, help="default: %(default)s")
@@ -421,9 +492,25 @@ def _parser() -> argparse.ArgumentParser:
         default="auto",
         help="of a model that is there in several (default: auto, what suits the device)",
     )
+    add(
+        "-j",
+        "--workers",
+        type=_at_least_one,
+        metavar="N",
+        help="batches at a time, between which the cores are shared (default: one a core)",
+    )
     add("--no-self-test", action="store_true", help="do not replay the file's golden images first")
     add("--format", choices=FORMATS, help="default: table, or by the suffix of -o")
+    add(
+        "--submission",
+        dest="format",
+        action="store_const",
+        const="submission",
+        help="write what Tiny ImageNet's test server takes: file name and WordNet id",
+    )
     add("-o", "--output", metavar="FILE", help="write the rows here instead of to stdout")
+    add("--resume", action="store_true", help="keep the rows in -o that still hold, add the others")
+    add("--max-errors", type=_none_or_more, metavar="N", help="stop when more inputs than N failed")
     add("--summary", metavar="FILE", help="write the summary here, too, as JSON")
 
     command = commands.add_parser("models", help="list the models that are installed")

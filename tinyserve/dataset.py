@@ -1,6 +1,7 @@
-"""Which files are meant, and which labels are known for them.
+"""Which images are meant, and which labels are known for them.
 
-Three layouts carry labels: class folders (``samples/goldfish/1.jpg``), Tiny ImageNet's train split
+Images are files, or members of archives (:mod:`tinyserve.archives`). Three layouts carry labels:
+class folders (``samples/goldfish/1.jpg``), Tiny ImageNet's train split
 (``train/n01443537/images/n01443537_0.JPEG``) and its val split (``val/images/val_0.JPEG`` with
 ``val/val_annotations.txt`` beside the folder). Labels are matched by wnid or class name, never by
 position.
@@ -8,13 +9,15 @@ position.
 
 import functools
 import glob
+import itertools
 import os
 import re
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tinyserve import images
+from tinyserve import archives, images
 from tinyserve.errors import DataError
 from tinyserve.images import SUFFIXES
 
@@ -23,64 +26,151 @@ _IMAGES_FOLDER = "images"
 _NUMBERS = re.compile(r"([0-9]+)")
 
 
+STDIN = "-"
+"""In place of a path: paths come in on stdin, one a line."""
+
+
 @dataclass(frozen=True, slots=True)
 class Input:
     """One image to classify."""
 
     path: str
-    """As it was found, below the path that the user gave."""
+    """As it was found, below the path that the user gave; in an archive, the archive's and then
+    the member's name."""
     label: str | None
     """What the layout says it shows (a wnid or a folder's name), if it says anything. Whether that
     is a class of the model is for the model to decide."""
+    member: archives.Member | None = None
+    """Of an archive; None for a file of its own."""
 
     def read(self) -> bytes:
         """The image file; :class:`~tinyserve.errors.ImageError` where it cannot be read."""
-        return images.read(self.path)
+        return images.read(self.path) if self.member is None else self.member.read()
+
+    @property
+    def version(self) -> str:
+        """:func:`version_of` its path."""
+        return version_of(self.path)
 
 
-def find_inputs(paths: Sequence[str]) -> list[Input]:
-    """All images below the given files, folders (searched recursively) and glob patterns.
-
-    Order: as given; inside a folder, sorted by path with numbers in numeric order. A file that is
-    named is taken whatever its name; in folders and globs only image files count. Raises
-    :class:`DataError` for a path that does not exist and where nothing is found at all.
-    """
-    found: list[Input] = []
-    for path in paths:
-        before = len(found)
-        if os.path.isdir(path):
-            found.extend(_with_label(p) for p in walk_images(path))
-            if len(found) == before:
-                raise DataError(f"no images in {path} (looked for {', '.join(sorted(SUFFIXES))})")
-        elif os.path.lexists(path):
-            found.append(_with_label(path))
-        elif glob.has_magic(path):
-            for match in sorted(glob.glob(path, recursive=True), key=_natural_key):
-                if os.path.isdir(match):
-                    found.extend(_with_label(p) for p in walk_images(match))
-                elif _is_image(match):
-                    found.append(_with_label(match))
-            if len(found) == before:
-                raise DataError(f"no image matches {path}")
+def version_of(path: str) -> str:
+    """Size and time of a file, or of the archive that a path leads into; empty without a file."""
+    while path:
+        try:
+            status = os.stat(path)
+        except NotADirectoryError:  # "photos.zip/cat/1.jpg"
+            path = os.path.dirname(path)
+        except (OSError, ValueError):
+            break
         else:
-            raise DataError(f"no such file or folder: {path}")
-    return found
+            return f"{status.st_size}-{status.st_mtime_ns}"
+    return ""
+
+
+def find_inputs(paths: Sequence[str]) -> Iterator[Input]:
+    """All images below the given files, folders (searched recursively), glob patterns and archives.
+
+    Order: as given; inside a folder, sorted by path with numbers in numeric order; inside an
+    archive, its own. A file that is named is taken whatever its name; in folders and globs only
+    image files count. ``-`` stands for paths on stdin. Nothing is listed before it is asked for,
+    so a million images take no more memory than one.
+
+    Raises :class:`DataError` at once for a path that does not exist or holds no image, and
+    :class:`~tinyserve.errors.UsageError` where a package to read an archive is missing.
+    """
+    return itertools.chain.from_iterable([_below(path) for path in paths])
+
+
+def _below(path: str) -> Iterator[Input]:
+    if path == STDIN:
+        return _listed(sys.stdin.buffer)
+    if os.path.isdir(path):
+        return _not_empty(
+            map(_with_label, walk_images(path)),
+            f"no images in {path} (looked for {', '.join(sorted(SUFFIXES))})",
+        )
+    if archives.is_archive(path):
+        archives.needs(path)
+        return _not_empty(_archived(path), f"no images in {path}")
+    if os.path.lexists(path):
+        return iter([_with_label(path)])
+    if glob.has_magic(path):
+        matches = sorted(glob.iglob(path, recursive=True), key=_natural_key)
+        return _not_empty(
+            itertools.chain.from_iterable(map(_matched, matches)), f"no image matches {path}"
+        )
+    raise DataError(f"no such file or folder: {path}")
+
+
+def _not_empty(found: Iterator[Input], otherwise: str) -> Iterator[Input]:
+    first = next(found, None)
+    if first is None:
+        raise DataError(otherwise)
+    return itertools.chain([first], found)
+
+
+def _matched(path: str) -> Iterator[Input]:
+    if os.path.isdir(path):
+        return map(_with_label, walk_images(path))
+    return iter([_with_label(path)] if _is_image(path) else [])
+
+
+def _listed(lines: Iterable[bytes]) -> Iterator[Input]:
+    """Of the paths on stdin, one that does not exist is an input that fails."""
+    for line in lines:
+        path = os.fsdecode(line.rstrip(b"\r\n"))
+        if os.path.isdir(path):
+            yield from map(_with_label, walk_images(path))
+        elif path:
+            yield _with_label(path)
+
+
+def _archived(path: str) -> Iterator[Input]:
+    for member in archives.members(path):
+        if not member.name:
+            yield Input(path, None, member)
+            continue
+        label = member.label or _label(member.name, functools.partial(_annotations_inside, path))
+        yield Input(f"{path}/{member.name}", label, member)
 
 
 def walk_images(folder: str | os.PathLike[str]) -> Iterator[str]:
-    """Paths of the image files below a folder, sorted; links to folders are not followed."""
-    for root, folders, files in os.walk(folder):
-        folders.sort(key=_natural_key)
-        for name in sorted(files, key=_natural_key):
-            if _is_image(name):
-                yield os.path.join(root, name)
+    """Paths of the image files below a folder, sorted; links to folders are followed unless they
+    lead round in a circle. A folder that cannot be read is among the paths itself."""
+    return _walk(os.fspath(folder), ())
+
+
+def _walk(folder: str, above: tuple[tuple[int, int], ...]) -> Iterator[str]:
+    folders = []
+    try:
+        status = os.stat(folder)
+        here = (status.st_dev, status.st_ino)
+        if here in above:
+            return
+        with os.scandir(folder) as entries:
+            found = sorted(entries, key=lambda entry: _natural_key(entry.name))
+    except OSError:
+        yield folder
+        return
+    for entry in found:
+        if entry.is_dir():
+            folders.append(entry.path)
+        elif _is_image(entry.name):
+            yield entry.path
+    del found
+    for path in folders:
+        yield from _walk(path, (*above, here))
 
 
 @functools.lru_cache(maxsize=16)
 def read_annotations(path: str | os.PathLike[str]) -> dict[str, str]:
     """File name to wnid, from a ``val_annotations.txt`` of Tiny ImageNet."""
+    return _parse_annotations(Path(path).read_text(encoding="utf-8"), str(path))
+
+
+def _parse_annotations(text: str, path: str) -> dict[str, str]:
     labels = {}
-    for line in Path(path).read_text(encoding="utf-8").splitlines():
+    for line in text.splitlines():
         name, _, rest = line.partition("\t")
         wnid = rest.partition("\t")[0]
         if not wnid:
@@ -90,20 +180,30 @@ def read_annotations(path: str | os.PathLike[str]) -> dict[str, str]:
 
 
 def _with_label(path: str) -> Input:
-    folder, name = os.path.split(os.path.abspath(path))
+    return Input(path, _label(os.path.abspath(path), _annotations_beside))
+
+
+def _label(path: str, annotations_in: Callable[[str], dict[str, str] | None]) -> str | None:
+    folder, name = os.path.split(path)
     if os.path.basename(folder) == _IMAGES_FOLDER:
-        parent = os.path.dirname(folder)
-        annotations = _annotations_beside(parent)
+        folder = os.path.dirname(folder)
+        annotations = annotations_in(folder)
         if annotations is not None:
-            return Input(path, annotations.get(name))
-        return Input(path, os.path.basename(parent))
-    return Input(path, os.path.basename(folder))
+            return annotations.get(name)
+    # The same object for all images of a class.
+    return sys.intern(os.path.basename(folder)) or None
 
 
 @functools.lru_cache(maxsize=1024)
 def _annotations_beside(folder: str) -> dict[str, str] | None:
     path = os.path.join(folder, ANNOTATIONS)
     return read_annotations(path) if os.path.exists(path) else None
+
+
+@functools.lru_cache(maxsize=16)
+def _annotations_inside(archive: str, folder: str) -> dict[str, str] | None:
+    text = archives.read_text(archive, f"{folder}/{ANNOTATIONS}")
+    return None if text is None else _parse_annotations(text, archive)
 
 
 def _is_image(name: str) -> bool:

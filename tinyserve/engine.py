@@ -32,7 +32,8 @@ class Engine:
     ``device`` is one of :data:`DEVICES`, by default ``$TINYSERVE_DEVICE`` or ``auto``. ``cuda``
     runs on CUDA or raises :class:`DeviceError`; ``auto`` falls back to the CPU, says so in a
     warning of the logger ``tinyserve``, and keeps the reason in :attr:`fallback`. ``threads`` is
-    the number of CPU threads, by default ``$TINYSERVE_NUM_THREADS`` or all this process may use.
+    the number of CPU threads, by default ``$TINYSERVE_NUM_THREADS`` or all this process may use;
+    ``streams`` is how many callers of :meth:`run` at a time they are shared between.
 
     A file that carries golden images is tested with them at once, unless ``self_test`` is False.
     Raises :class:`ModelFileError` for files that are no models of this package, and
@@ -51,10 +52,12 @@ class Engine:
         *,
         device: str | None = None,
         threads: int | None = None,
+        streams: int = 1,
         self_test: bool = True,
     ) -> None:
         device = _wanted_device(device)
-        options = session_options(threads or default_threads())
+        self.streams = streams
+        options = session_options(max(1, (threads or default_threads()) // streams))
         self.path = Path(path)
         self.fallback = None
         problem = cuda_problem() if device != "cpu" else None

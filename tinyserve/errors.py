@@ -6,6 +6,7 @@
      ├─ UsageError                      2   an argument that cannot be used
      ├─ ImageError                      1   one input that is no usable image
      ├─ DataError                       1   a data set that cannot be read
+     ├─ OutputError                     1   results that cannot be written
      ├─ ModelFileError                  1   a model that is missing, damaged or not ours
      ├─ CheckpointError                 1   a training run that cannot be read
      ├─ GateError                       4   an accuracy or parity gate failed
@@ -31,6 +32,10 @@ class ImageError(TinyserveError):
 
 
 class DataError(TinyserveError):
+    pass
+
+
+class OutputError(TinyserveError):
     pass
 
 

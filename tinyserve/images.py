@@ -8,8 +8,9 @@ which is also written into every model file, is :data:`RESIZE_RULE`.
 
 import io
 import os
+import stat
 import warnings
-from pathlib import Path
+from collections.abc import Callable
 
 import numpy as np
 import simplejpeg
@@ -30,6 +31,9 @@ MAX_PIXELS = 89_478_485
 """Larger images are refused before they are decoded: a quarter of a gibibyte as RGB, Pillow's own
 default limit for what may be a decompression bomb."""
 
+MAX_BYTES = 3 * MAX_PIXELS
+"""Larger files are refused before they are read: no image of :data:`MAX_PIXELS` pixels needs it."""
+
 # Pillow only warns between its limit and twice that; its documentation advises this filter to make
 # the limit strict. A filter is process-wide, but so is the risk.
 warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
@@ -37,6 +41,11 @@ warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
 _JPEG_MAGIC = b"\xff\xd8\xff"
 _EXIF_MAGIC = b"Exif\x00\x00"
 _EXIF_WITHIN = 65_536
+_ORIENTATION = 0x0112  # the EXIF tag
+
+_SPARE = 4
+"""Large JPEGs are decoded at half, a quarter or an eighth of their size, as long as that leaves so
+many times the side that is wanted: the averaging that shrinks them hides the difference."""
 
 _SIXTEEN_BIT_MODES = frozenset({"I;16", "I;16B", "I;16L", "I;16N", "I"})
 
@@ -48,22 +57,36 @@ def load(source: str | os.PathLike[str] | bytes, *, size: int) -> NDArray[np.uin
     is no complete image of a supported format.
     """
     data = source if isinstance(source, bytes) else read(source)
-    return resize(decode(data), size)
+    return resize(decode(data, at_least=_SPARE * size), size)
 
 
 def read(path: str | os.PathLike[str]) -> bytes:
-    """The bytes of a file; :class:`ImageError` where it cannot be read."""
+    """The bytes of a file; :class:`ImageError` where it cannot be read or is larger than
+    :data:`MAX_BYTES`."""
     try:
-        return Path(path).read_bytes()
+        # Opening a pipe would wait for its writer, and a device may never end.
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode):
+            raise ImageError(
+                f"cannot read: {'a folder' if stat.S_ISDIR(status.st_mode) else 'not a file'}"
+            )
+        if status.st_size > MAX_BYTES:
+            raise ImageError(f"too large: {status.st_size:,} bytes, more than {MAX_BYTES:,}")
+        with open(path, "rb", buffering=0) as file:
+            return file.readall()
     except OSError as error:
         raise ImageError(f"cannot read: {error.strerror or error}") from error
+    except ValueError as error:  # a NUL in the name
+        raise ImageError(f"cannot read: {error}") from error
 
 
-def decode(data: bytes) -> NDArray[np.uint8]:
+def decode(data: bytes, *, at_least: int | None = None) -> NDArray[np.uint8]:
     """The pixels of an image file, upright: uint8 ``(height, width, 3)``, RGB.
 
     JPEG, PNG, GIF (first frame), WebP, BMP and TIFF. Greys are repeated over the three channels,
     16-bit values keep their high byte, CMYK is converted, and transparency is laid over white.
+    With ``at_least``, a JPEG may come back smaller, by 2, 4 or 8, but both sides have as many
+    pixels.
 
     Raises :class:`ImageError` for empty, truncated or damaged data, other formats, and images of
     more than :data:`MAX_PIXELS` pixels.
@@ -73,13 +96,9 @@ def decode(data: bytes) -> NDArray[np.uint8]:
     # simplejpeg decodes the same pixels several times faster, but knows neither EXIF nor CMYK and
     # refuses some harmless oddities; everything it does not take goes to Pillow, which has the
     # last word on what is damaged.
-    if data.startswith(_JPEG_MAGIC) and _EXIF_MAGIC not in data[:_EXIF_WITHIN]:
+    if data.startswith(_JPEG_MAGIC):
         try:
-            height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
-            if colorspace in ("YCbCr", "Gray", "RGB"):
-                _check_pixels(height, width)
-                pixels: NDArray[np.uint8] = simplejpeg.decode_jpeg(data, "RGB")
-                return pixels
+            return _decode_jpeg(data, at_least or 0)
         except ValueError:
             pass
     return _decode_with_pillow(data)
@@ -100,6 +119,42 @@ def resize(image: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
         (size, size), Image.Resampling.BILINEAR, box=(left, top, left + side, top + side)
     )
     return np.array(square)
+
+
+def _decode_jpeg(data: bytes, at_least: int) -> NDArray[np.uint8]:
+    """ValueError for what Pillow has to decide."""
+    height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
+    if colorspace not in ("YCbCr", "Gray", "RGB"):
+        raise ValueError(colorspace)
+    _check_pixels(height, width)
+    turn = _orientation(data) if _EXIF_MAGIC in data[:_EXIF_WITHIN] else 1
+    small = min(height, width) > at_least > 0
+    pixels: NDArray[np.uint8] = simplejpeg.decode_jpeg(
+        data, "RGB", min_height=at_least if small else 0, min_width=at_least if small else 0
+    )
+    return np.ascontiguousarray(_UPRIGHT[turn](pixels)) if turn in _UPRIGHT else pixels
+
+
+def _orientation(data: bytes) -> int:
+    """The EXIF orientation, 1 to 8; ValueError where the header cannot be read."""
+    try:
+        # Opening reads the header alone.
+        with Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
+            return int(image.getexif().get(_ORIENTATION, 1))
+    except Exception as error:  # Pillow raises almost anything on damaged data
+        raise ValueError("no readable EXIF data") from error
+
+
+_UPRIGHT: dict[int, Callable[[NDArray[np.uint8]], NDArray[np.uint8]]] = {
+    2: np.fliplr,
+    3: lambda pixels: np.rot90(pixels, 2),
+    4: np.flipud,
+    5: lambda pixels: pixels.swapaxes(0, 1),
+    6: lambda pixels: np.rot90(pixels, -1),
+    7: lambda pixels: np.rot90(pixels, 2).swapaxes(0, 1),
+    8: np.rot90,
+}
+"""How to turn an image by its EXIF orientation; at others it is upright."""
 
 
 def _decode_with_pillow(data: bytes) -> NDArray[np.uint8]:

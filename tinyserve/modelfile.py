@@ -166,6 +166,11 @@ class ModelCard:
                 return entry.correct_top1 / entry.val_images, entry.correct_top5 / entry.val_images
         return None if self.training is None else (self.training.val_top1, self.training.val_top5)
 
+    @property
+    def fingerprint(self) -> str:
+        """Twelve hexadecimal digits that change with the weights, the labels or anything else."""
+        return _digest(dataclasses.asdict(self))[:12]
+
     def to_json(self) -> str:
         """The document, with a digest of itself."""
         fields = dataclasses.asdict(self)

@@ -1,84 +1,233 @@
-"""The rows that a job writes, one for each input: a table, JSON lines or CSV."""
+"""The rows that a job writes, one for each input: a table, JSON lines, CSV or Parquet.
+
+JSON lines and CSV can be read back, so that an interrupted job goes on where it stopped.
+"""
 
 import contextlib
 import csv
 import dataclasses
 import json
+import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TextIO
+from pathlib import Path
+from typing import Any, Literal, TextIO
 
 from tinyserve.classifier import Prediction, Result
 from tinyserve.dataset import Input
-from tinyserve.errors import UsageError
+from tinyserve.errors import ModelFileError, OutputError, UsageError
 from tinyserve.modelfile import Label
 
-FORMATS = ("table", "jsonl", "csv")
+FORMATS = ("table", "jsonl", "csv", "parquet", "submission")
+RESUMABLE = ("jsonl", "csv")
 
-Writer = Callable[[Result], None]
+Write = Callable[[Result], None]
 
-
-@contextlib.contextmanager
-def open_output(path: str | None) -> Iterator[TextIO]:
-    if path is None:
-        yield sys.stdout
-        return
-    try:
-        with open(path, "w", encoding="utf-8", errors="backslashreplace", newline="") as stream:
-            yield stream
-    except OSError as error:
-        raise UsageError(f"cannot write {path}: {error.strerror}") from error
+_FIELDS = ("path", "status", "error", "label", "rank", "correct", "version", "model")
+_PREDICTION = tuple(field.name for field in dataclasses.fields(Prediction))
+_PARQUET_ROWS = 10_000  # in memory at a time
 
 
 def format_of(output: str | None) -> str:
     if output is None:
         return "table"
-    return "csv" if output.endswith(".csv") else "jsonl"
+    return {".csv": "csv", ".parquet": "parquet"}.get(Path(output).suffix, "jsonl")
 
 
-def writer(format_: str, stream: TextIO, inputs: Sequence[Input], k: int) -> Writer:
-    if format_ == "jsonl":
-        return lambda result: print(json.dumps(_document(result), ensure_ascii=False), file=stream)
-    if format_ == "csv":
-        return _csv_writer(stream, k)
-    return _table_writer(stream, inputs)
+@contextlib.contextmanager
+def open_rows(
+    output: str | None,
+    format_: str,
+    *,
+    inputs: Sequence[Input],
+    k: int,
+    model: str,
+    append: bool = False,
+) -> Iterator[Write]:
+    """What writes the rows of a job, to a file or else to stdout.
+
+    ``inputs`` are the first ones of the job, after whose names a table is laid out; ``model`` is
+    the fingerprint that every row carries. Raises :class:`~tinyserve.errors.OutputError` where a
+    file cannot be written.
+    """
+    if format_ == "parquet":
+        if output is None:
+            raise UsageError("Parquet is written to a file: give -o")
+        with _as_output_error(output), _parquet(output, model) as write:
+            yield write
+        return
+    with _as_output_error(output), _opened(output, "a" if append else "w") as stream:
+        if format_ == "jsonl":
+            yield lambda result: print(
+                json.dumps(document(result, model), ensure_ascii=False), file=stream
+            )
+        elif format_ == "csv":
+            yield _csv_writer(stream, k, model, header=not append)
+        elif format_ == "submission":
+            yield _submission_writer(stream)
+        else:
+            yield _table_writer(stream, inputs)
+        stream.flush()
 
 
-def _document(result: Result) -> dict[str, Any]:
+def document(result: Result, model: str) -> dict[str, Any]:
+    """A result as JSON has it."""
     return {
         "path": result.path,
         "status": "ok" if result.error is None else "error",
         "error": result.error,
-        "predictions": [dataclasses.asdict(prediction) for prediction in result.predictions],
         "label": None if result.label is None else _label_id(result.label),
+        "rank": result.rank,
         "correct": result.correct,
+        "version": result.version,
+        "model": model,
+        "predictions": [dataclasses.asdict(prediction) for prediction in result.predictions],
     }
 
 
-def _csv_writer(stream: TextIO, k: int) -> Writer:
+def read_rows(output: str, format_: str) -> Iterator[dict[str, Any]]:
+    """The rows in a file, as :func:`document` makes them, as far as they are whole: of a job that
+    was killed, the last one need not be.
+
+    Raises :class:`~tinyserve.errors.UsageError` where the file is no output of this format.
+    """
+    with open(output, encoding="utf-8", errors="surrogateescape", newline="") as stream:
+        yield from (_read_jsonl if format_ == "jsonl" else _read_csv)(stream, output)
+
+
+def _read_jsonl(stream: TextIO, output: str) -> Iterator[dict[str, Any]]:
+    for line in stream:
+        if not line.endswith("\n"):
+            return
+        try:
+            row = json.loads(line)
+            yield {**row, "predictions": [Prediction(**p) for p in row["predictions"]]}
+        except (ValueError, TypeError, KeyError) as error:
+            raise UsageError(f"{output} has lines that are no rows of classify") from error
+
+
+def _read_csv(stream: TextIO, output: str) -> Iterator[dict[str, Any]]:
+    def whole_lines() -> Iterator[str]:
+        return (line for line in stream if line.endswith("\n"))
+
+    rows = csv.reader(whole_lines())
+    header = next(rows, None)
+    if header is None:
+        return
+    if tuple(header[: len(_FIELDS)]) != _FIELDS:
+        raise UsageError(f"{output} does not begin with the columns of classify")
+    width = len(_PREDICTION)
+    for cells in rows:
+        if len(cells) != len(header):
+            return
+        values = [cell or None for cell in cells]
+        row: dict[str, Any] = dict(zip(_FIELDS, values, strict=False))
+        row["rank"] = None if row["rank"] is None else int(row["rank"])
+        row["version"] = row["version"] or ""
+        numbered = [values[i : i + width] for i in range(len(_FIELDS), len(values), width)]
+        row["predictions"] = [
+            Prediction(int(index), wnid, name or "", float(probability))
+            for index, wnid, name, probability in numbered
+            if index is not None and probability is not None
+        ]
+        yield row
+
+
+@contextlib.contextmanager
+def _as_output_error(output: str | None) -> Iterator[None]:
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise OutputError(f"cannot write {output or 'to stdout'}: {error.strerror}") from error
+
+
+@contextlib.contextmanager
+def _opened(output: str | None, mode: Literal["a", "w"]) -> Iterator[TextIO]:
+    if output is None:
+        yield sys.stdout
+        return
+    with open(output, mode, encoding="utf-8", errors="backslashreplace", newline="") as stream:
+        yield stream
+
+
+def _csv_writer(stream: TextIO, k: int, model: str, *, header: bool) -> Write:
     rows = csv.writer(stream, lineterminator="\n")
-    fields = [field.name for field in dataclasses.fields(Prediction)]
-    numbered = [f"{field}_{place}" for place in range(1, k + 1) for field in fields]
-    rows.writerow(["path", "status", "error", "label", "correct", *numbered])
+    numbered = [f"{field}_{place}" for place in range(1, k + 1) for field in _PREDICTION]
+    if header:
+        rows.writerow([*_FIELDS, *numbered])
 
     def write(result: Result) -> None:
-        document = _document(result)
+        fields = document(result, model)
         values = [
             value for prediction in result.predictions for value in dataclasses.astuple(prediction)
         ]
         values += [None] * (len(numbered) - len(values))
-        rows.writerow(
-            [document[name] for name in ("path", "status", "error", "label", "correct")] + values
-        )
+        rows.writerow([fields[name] for name in _FIELDS] + values)
 
     return write
 
 
-def _table_writer(stream: TextIO, inputs: Sequence[Input]) -> Writer:
+def _submission_writer(stream: TextIO) -> Write:
+    """File name and WordNet id, as Tiny ImageNet's test server takes them; without the inputs that
+    failed, for which it has no words."""
+
+    def write(result: Result) -> None:
+        if result.predictions:
+            best = result.predictions[0]
+            if best.wnid is None:
+                raise ModelFileError("a submission needs a model whose classes have WordNet ids")
+            print(f"{os.path.basename(result.path)} {best.wnid}", file=stream)
+
+    return write
+
+
+@contextlib.contextmanager
+def _parquet(output: str, model: str) -> Iterator[Write]:
+    """The columns of CSV, in row groups."""
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as parquet
+    except ModuleNotFoundError as error:
+        raise UsageError("Parquet needs: pip install 'tinyserve[parquet]'") from error
+    of_predictions = {
+        "index": pa.int32(),
+        "wnid": pa.string(),
+        "name": pa.string(),
+        "probability": pa.float32(),
+    }
+    schema = pa.schema(
+        {
+            **dict.fromkeys(_FIELDS, pa.string()),
+            "rank": pa.int32(),
+            "correct": pa.bool_(),
+            "predictions": pa.list_(pa.struct(of_predictions)),
+        }
+    )
+    rows: list[dict[str, Any]] = []
+    with parquet.ParquetWriter(output, schema) as table:
+
+        def flush() -> None:
+            table.write_table(pa.Table.from_pylist(rows, schema))
+            rows.clear()
+
+        def write(result: Result) -> None:
+            row = document(result, model)
+            row["path"] = row["path"].encode(errors="backslashreplace").decode()
+            rows.append(row)
+            if len(rows) == _PARQUET_ROWS:
+                flush()
+
+        yield write
+        flush()
+
+
+def _table_writer(stream: TextIO, inputs: Sequence[Input]) -> Write:
     """Rows of path, mark, and as many predictions as the width holds."""
     columns = shutil.get_terminal_size((100, 24)).columns if stream.isatty() else 120
-    path_width = min(max(len(item.path) for item in inputs), columns // 2)
+    path_width = min(max((len(item.path) for item in inputs), default=0), columns // 2)
 
     def write(result: Result) -> None:
         path = result.path

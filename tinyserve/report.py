@@ -9,13 +9,15 @@ from tinyserve.classifier import Result
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Summary:
     """Totals of one job. ``top1`` and ``top5`` are fractions of ``labelled``, in which inputs that
-    failed count as wrong; None where nothing is labelled. ``seconds`` leave out loading the model.
+    failed count as wrong; None where nothing is labelled. Of ``inputs``, ``kept`` have their rows
+    from an earlier run of the job; ``seconds`` are those of the others, without loading the model.
     """
 
     model: str
     precision: str
     provider: str
     inputs: int
+    kept: int
     ok: int
     failed: int
     labelled: int
@@ -40,13 +42,16 @@ class Tally:
             self.correct_top1 += result.rank == 0
             self.correct_top5 += result.rank < 5
 
-    def summary(self, *, model: str, precision: str, provider: str, seconds: float) -> Summary:
+    def summary(
+        self, *, model: str, precision: str, provider: str, seconds: float, kept: int = 0
+    ) -> Summary:
         labelled = self.labelled
         return Summary(
             model=model,
             precision=precision,
             provider=provider,
             inputs=self.inputs,
+            kept=kept,
             ok=self.inputs - self.failed,
             failed=self.failed,
             labelled=labelled,
@@ -54,7 +59,7 @@ class Tally:
             top1_ci95=wilson_interval(self.correct_top1, labelled) if labelled else None,
             top5=self.correct_top5 / labelled if labelled else None,
             seconds=seconds,
-            images_per_second=self.inputs / seconds,
+            images_per_second=(self.inputs - kept) / seconds,
         )
 
 

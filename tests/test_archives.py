@@ -1,0 +1,157 @@
+"""Images inside zip and tar archives and Parquet tables."""
+
+import io
+import json
+import tarfile
+import zipfile
+
+import pytest
+
+from tinyserve import archives
+from tinyserve.dataset import find_inputs
+from tinyserve.errors import DataError, ImageError
+
+
+@pytest.fixture
+def jpeg(samples) -> bytes:
+    return (samples / "goldfish" / "val_68.JPEG").read_bytes()
+
+
+@pytest.fixture
+def make_archive(tmp_path, jpeg):
+    """Makes an archive of members with the one picture, by its suffix."""
+
+    def make(name: str, members: list[str]) -> str:
+        path = tmp_path / name
+        if name.endswith(".zip"):
+            with zipfile.ZipFile(path, "w") as archive:
+                for member in members:
+                    archive.writestr(member, jpeg)
+        else:
+            mode = {".gz": "w:gz", ".xz": "w:xz", ".tgz": "w:gz"}.get(path.suffix, "w")
+            with tarfile.open(path, mode) as archive:
+                for member in members:
+                    info = tarfile.TarInfo(member)
+                    info.size = len(jpeg)
+                    archive.addfile(info, io.BytesIO(jpeg))
+        return str(path)
+
+    return make
+
+
+@pytest.mark.parametrize("name", ["a.zip", "a.tar", "a.tar.gz", "a.TGZ", "a.tar.xz"])
+def test_archives_are_read_in_place(make_archive, jpeg, name, tmp_path):
+    path = make_archive(name.lower(), ["goldfish/1.jpg", "notes.txt", "teapot/2.JPEG", "top.png"])
+    found = list(find_inputs([path]))
+    assert [item.path for item in found] == [
+        f"{path}/goldfish/1.jpg", f"{path}/teapot/2.JPEG", f"{path}/top.png"
+    ]  # fmt: skip
+    assert [item.label for item in found] == ["goldfish", "teapot", None]
+    assert all(item.read() == jpeg for item in found)
+    assert [entry.name for entry in tmp_path.iterdir()] == [name.lower()]
+
+
+def test_the_official_archive_carries_its_labels(tmp_path, jpeg):
+    path = tmp_path / "tiny-imagenet-200.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        for member in ("train/n01443537/images/n01443537_0.JPEG", "val/images/val_0.JPEG"):
+            archive.writestr(f"tiny-imagenet-200/{member}", jpeg)
+        archive.writestr("tiny-imagenet-200/val/val_annotations.txt", "val_0.JPEG\tn03444034\t0\n")
+    assert [item.label for item in find_inputs([str(path)])] == ["n01443537", "n03444034"]
+
+
+@pytest.mark.parametrize("name", ["a.zip", "a.tar"])
+def test_names_that_lead_outside_are_only_names(make_archive, jpeg, name, tmp_path):
+    path = make_archive(name, ["../../outside.jpg", "/etc/absolute.jpg"])
+    found = list(find_inputs([path]))
+    assert len(found) == 2
+    assert all(item.read() == jpeg for item in found)
+    assert not (tmp_path.parent / "outside.jpg").exists()
+
+
+def test_a_bomb_is_refused_without_being_unpacked(tmp_path, monkeypatch):
+    monkeypatch.setattr(archives, "MAX_BYTES", 1_000_000)
+    for name in ("a.zip", "a.tar.gz"):
+        path = tmp_path / name
+        if name == "a.zip":
+            with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+                archive.writestr("bomb.png", bytes(5_000_000))
+        else:
+            with tarfile.open(path, "w:gz") as archive:
+                info = tarfile.TarInfo("bomb.png")
+                info.size = 5_000_000
+                archive.addfile(info, io.BytesIO(bytes(info.size)))
+        assert path.stat().st_size < 100_000
+        (item,) = find_inputs([str(path)])
+        with pytest.raises(ImageError, match="too large"):
+            item.read()
+
+
+@pytest.mark.parametrize("name", ["a.zip", "a.tar", "a.tar.gz", "a.parquet"])
+def test_an_archive_that_is_none_is_one_input_that_fails(tmp_path, name):
+    path = tmp_path / name
+    path.write_bytes(b"no archive at all" * 100)
+    (item,) = find_inputs([str(path)])
+    assert item.path == str(path)
+    with pytest.raises(ImageError, match="cannot read the archive"):
+        item.read()
+
+
+def test_the_members_before_the_damage_are_read(make_archive, jpeg, tmp_path):
+    path = make_archive("a.tar", [f"cat/{number}.jpg" for number in range(20)])
+    whole = (tmp_path / "a.tar").read_bytes()
+    (tmp_path / "a.tar").write_bytes(whole[: len(whole) // 2 + 700])
+    *good, last = find_inputs([path])
+    assert 5 <= len(good) < 20
+    assert all(item.read() == jpeg for item in good)
+    assert last.path == path
+    with pytest.raises(ImageError, match="cannot read the archive"):
+        last.read()
+
+
+def test_a_damaged_member_leaves_the_others_alone(make_archive, jpeg, tmp_path):
+    path = make_archive("a.zip", ["1.jpg", "2.jpg"])
+    content = bytearray((tmp_path / "a.zip").read_bytes())
+    content[content.index(jpeg) + 700] ^= 1
+    (tmp_path / "a.zip").write_bytes(content)
+    damaged, whole = find_inputs([path])
+    with pytest.raises(ImageError, match="cannot be unpacked"):
+        damaged.read()
+    assert whole.read() == jpeg
+
+
+def test_an_archive_without_images_is_an_error(make_archive):
+    with pytest.raises(DataError, match="no images in"):
+        find_inputs([make_archive("a.zip", ["notes.txt"])])
+
+
+def test_tables_hold_images_as_bytes_or_as_datasets_writes_them(tmp_path, jpeg):
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as parquet
+
+    plain = tmp_path / "plain.parquet"
+    parquet.write_table(
+        pa.table({"id": [1, 2], "image": [jpeg, None], "label": ["goldfish", "teapot"]}), plain
+    )
+    first, empty = find_inputs([str(plain)])
+    assert (first.path, first.label, first.read()) == (f"{plain}/0", "goldfish", jpeg)
+    with pytest.raises(ImageError, match="no image in this row"):
+        empty.read()
+
+    features = {"info": {"features": {"label": {"names": ["goldfish", "teapot"]}}}}
+    table = pa.table({"img": [{"bytes": jpeg, "path": None}] * 3, "label": [1, 0, -1]})
+    table = table.replace_schema_metadata({"huggingface": json.dumps(features)})
+    parquet.write_table(table, tmp_path / "theirs.parquet")
+    found = list(find_inputs([str(tmp_path / "theirs.parquet")]))
+    assert [item.label for item in found] == ["teapot", "goldfish", None]
+    assert all(item.read() == jpeg for item in found)
+
+
+def test_a_table_without_images_is_one_input_that_fails(tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as parquet
+
+    parquet.write_table(pa.table({"x": [1.5]}), tmp_path / "numbers.parquet")
+    (item,) = find_inputs([str(tmp_path / "numbers.parquet")])
+    with pytest.raises(ImageError, match="no column of images among x"):
+        item.read()

@@ -1,0 +1,264 @@
+"""Whole jobs of `tinyserve classify`: every input accounted for, whatever happens."""
+
+import csv
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import zipfile
+
+import pytest
+
+COMMAND = (sys.executable, "-m", "tinyserve.cli", "classify", "-m", "baseline", "--device", "cpu")
+
+
+def classify(*arguments, **options) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [*COMMAND, *map(str, arguments)],
+        capture_output=True, encoding="utf-8", timeout=300, **options,
+    )  # fmt: skip
+
+
+def rows_of(path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture
+def many(samples, tmp_path):
+    """A folder of 600 pictures that are links to the samples."""
+    folder = tmp_path / "many"
+    folder.mkdir()
+    pictures = sorted(samples.rglob("*.JPEG"))
+    for number in range(600):
+        os.link(shutil.copy(pictures[number % 40], tmp_path), folder / f"{number}.jpg")
+    return folder
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "csv"])
+def test_a_job_goes_on_where_it_was_cut_off(samples, tmp_path, suffix):
+    whole, cut = tmp_path / f"whole.{suffix}", tmp_path / f"cut.{suffix}"
+    assert classify(samples, "-o", whole).returncode == 0
+    content = whole.read_bytes()
+    for length in (len(content) // 3, content.index(b"\n") + 1, 5, 0):
+        cut.write_bytes(content[:length])
+        run = classify(samples, "-o", cut, "--resume", "--summary", tmp_path / "s.json")
+        assert run.returncode == 0, run.stderr
+        assert cut.read_bytes() == content
+        summary = json.loads((tmp_path / "s.json").read_text())
+        assert (summary["inputs"], summary["labelled"]) == (40, 40)
+        done = content[:length].count(b"\n") - (suffix == "csv")
+        assert summary["kept"] == max(0, done)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [cut.name, "s.json", whole.name]
+
+
+def test_a_finished_job_has_nothing_left_to_do(samples, tmp_path):
+    output = tmp_path / "rows.jsonl"
+    first = classify(samples, "-o", output).stderr.splitlines()[-1]
+    before = output.read_bytes()
+    run = classify(samples, "-o", output, "--resume")
+    assert output.read_bytes() == before
+    assert "40 images, 40 of them done before" in run.stderr
+    assert run.stderr.splitlines()[-1] == first
+
+
+def test_rows_that_no_longer_hold_are_made_anew(samples, tmp_path):
+    folder = shutil.copytree(samples / "goldfish", tmp_path / "goldfish")
+    changed, broken = sorted(folder.iterdir())
+    output = tmp_path / "rows.jsonl"
+    good = broken.read_bytes()
+    broken.write_text("no picture")
+    assert classify(folder, "-o", output).returncode == 3
+    old = {row["path"]: row for row in rows_of(output)}
+    shutil.copy(samples / "teapot" / "val_568.JPEG", changed)
+    broken.write_bytes(good)
+    assert classify(folder, "-o", output, "--resume").returncode == 0
+    new = {row["path"]: row for row in rows_of(output)}
+    assert len(rows_of(output)) == len(new) == 2
+    assert new[str(changed)]["predictions"] != old[str(changed)]["predictions"]
+    assert new[str(broken)]["status"] == "ok"
+    # Another model, or more predictions: nothing holds.
+    for arguments in (["-m", "inception"], ["-k", 3]):
+        run = classify(folder, "-o", output, "--resume", *arguments)
+        assert "done before" not in run.stderr
+        assert len(rows_of(output)) == 2
+
+
+def test_inputs_that_are_named_twice_have_two_rows(samples, tmp_path):
+    picture = samples / "goldfish" / "val_68.JPEG"
+    output = tmp_path / "rows.jsonl"
+    assert classify(picture, "-o", output).returncode == 0
+    assert classify(picture, picture, "-o", output, "--resume").returncode == 0
+    assert len(rows_of(output)) == 2
+
+
+def test_archives_are_resumed(samples, tmp_path):
+    path, output = tmp_path / "photos.zip", tmp_path / "rows.jsonl"
+    with zipfile.ZipFile(path, "w") as archive:
+        for picture in sorted(samples.rglob("*.JPEG"))[:6]:
+            archive.write(picture, f"{picture.parent.name}/{picture.name}")
+    assert classify(path, "-o", output).returncode == 0
+    whole = output.read_text()
+    output.write_text("".join(whole.splitlines(keepends=True)[:4]))
+    assert "6 images, 4 of them done before" in classify(path, "-o", output, "--resume").stderr
+    assert output.read_text() == whole
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_nothing_is_lost_or_doubled(many, tmp_path):
+    output = tmp_path / "rows.jsonl"
+    moments = random.Random(1)
+    kills = 0
+    for _ in range(5):
+        command = [*COMMAND, str(many), "-o", str(output), "--resume", "-b", "4", "-j", "1"]
+        with subprocess.Popen(command, stderr=subprocess.DEVNULL) as run:
+            try:
+                run.wait(timeout=0.4 + moments.random())
+            except subprocess.TimeoutExpired:
+                run.send_signal(signal.SIGKILL)
+                kills += 1
+    assert kills
+    run = classify(many, "-o", output, "--resume")
+    assert run.returncode == 0, run.stderr
+    assert "600 images" in run.stderr
+    found = [row["path"] for row in rows_of(output)]
+    assert sorted(found) == sorted(str(path) for path in many.iterdir())
+
+
+def test_max_errors_stops_a_job_that_goes_wrong(tmp_path):
+    for number in range(200):
+        (tmp_path / f"{number}.jpg").touch()
+    run = classify(tmp_path, "--max-errors", 3, "--format", "jsonl", "-b", 4)
+    rows = [json.loads(line) for line in run.stdout.splitlines()]
+    assert run.returncode == 3
+    assert [row["status"] for row in rows] == ["error"] * 4
+    assert "stopped: more than 3 inputs failed" in run.stderr
+    assert classify(tmp_path, "--max-errors", 200).returncode == 3
+
+
+def test_paths_on_stdin_and_a_submission(samples):
+    paths = [str(samples / "goldfish" / "val_68.JPEG"), "missing.jpg"]
+    run = classify("-", "--submission", input="\n".join(paths))
+    (line,) = run.stdout.splitlines()
+    name, wnid = line.split()
+    assert name == "val_68.JPEG" and wnid.startswith("n")
+    assert run.returncode == 3
+    assert "2 images, 1 failed" in run.stderr
+
+
+def test_parquet_has_the_rows_of_jsonl(samples, tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    for name in ("rows.parquet", "rows.jsonl"):
+        assert classify(samples, "-o", tmp_path / name).returncode == 0
+    table = parquet.read_table(tmp_path / "rows.parquet").to_pylist()
+    lines = rows_of(tmp_path / "rows.jsonl")
+    assert [row["path"] for row in table] == [row["path"] for row in lines]
+    for row, line in zip(table, lines, strict=True):
+        assert row["predictions"][0]["name"] == line["predictions"][0]["name"]
+        found, expected = (r["predictions"][0]["probability"] for r in (row, line))
+        assert found == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--resume"], "--resume goes on with the file that -o names"),
+        (["--resume", "-o", "rows.parquet"], "only jsonl and csv outputs can be resumed"),
+        (["--resume", "-o", "poem.jsonl"], "lines that are no rows"),
+        (["--resume", "-o", "poem.csv"], "does not begin with the columns"),
+        (["--format", "parquet"], "Parquet is written to a file"),
+    ],
+)
+def test_what_cannot_be_resumed_or_written_says_so(samples, tmp_path, arguments, words):
+    for name in ("poem.jsonl", "poem.csv"):
+        (tmp_path / name).write_text("a rose\nis a rose\n")
+    run = classify(samples, *arguments, cwd=tmp_path, env=_with_this_package())
+    assert run.returncode == 2, run.stderr
+    (line,) = run.stderr.splitlines()
+    assert words in line
+    assert (tmp_path / "poem.csv").read_text() == "a rose\nis a rose\n"
+
+
+def _with_this_package() -> dict[str, str]:
+    import tinyserve
+
+    return {**os.environ, "PYTHONPATH": os.path.dirname(os.path.dirname(tinyserve.__file__))}
+
+
+@pytest.mark.parametrize("output", ["rows.jsonl", "rows.csv"])
+def test_a_full_disk_is_one_line_and_the_job_can_go_on(samples, tmp_path, output):
+    path = tmp_path / output
+    limit = (5_000, resource.RLIM_INFINITY)
+
+    def fill() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+
+    run = classify(samples, "-o", path, preexec_fn=fill)
+    assert run.returncode == 1
+    (line,) = run.stderr.splitlines()
+    assert line == f"tinyserve: cannot write {path}: File too large"
+    assert path.stat().st_size <= 5_000
+    assert classify(samples, "-o", path, "--resume").returncode == 0
+    lines = path.read_text().splitlines()
+    rows = list(csv.DictReader(lines)) if output.endswith("csv") else rows_of(path)
+    assert len({row["path"] for row in rows}) == len(rows) == 40
+
+
+def test_a_full_disk_behind_stdout_is_one_line(samples):
+    with open("/dev/full", "w") as full:
+        run = subprocess.run(
+            [*COMMAND, samples], stdout=full, stderr=subprocess.PIPE, text=True, timeout=60
+        )
+    assert run.returncode == 1
+    assert run.stderr == "tinyserve: cannot write to stdout: No space left on device\n"
+
+
+def test_every_odd_thing_in_a_folder_is_accounted_for(samples, tmp_path):
+    folder = tmp_path / "odd"
+    folder.mkdir()
+    shutil.copy(samples / "goldfish" / "val_68.JPEG", folder / "good.jpg")
+    (folder / "dangling.jpg").symlink_to("nowhere.jpg")
+    (folder / "folder.jpg").mkdir()
+    shutil.copy(samples / "goldfish" / "val_68.JPEG", folder / "folder.jpg" / "inside.jpg")
+    os.mkfifo(folder / "pipe.jpg")
+    (folder / "endless.jpg").symlink_to("/dev/zero")
+    os.truncate(os.open(folder / "sparse.jpg", os.O_CREAT | os.O_WRONLY), 2**40)
+    run = classify(folder, "--format", "jsonl")
+    rows = {row["path"].rpartition("/")[2]: row for row in map(json.loads, run.stdout.splitlines())}
+    assert run.returncode == 3
+    assert {name for name, row in rows.items() if row["status"] == "ok"} == {
+        "good.jpg", "inside.jpg"
+    }  # fmt: skip
+    assert {name: row["error"] for name, row in rows.items() if row["error"]} == {
+        "dangling.jpg": "cannot read: No such file or directory",
+        "pipe.jpg": "cannot read: not a file",
+        "endless.jpg": "cannot read: not a file",
+        "sparse.jpg": "too large: 1,099,511,627,776 bytes, more than 268,435,455",
+    }
+
+
+def test_a_file_that_vanishes_after_it_was_listed(many):
+    command = [*COMMAND, str(many), "--format", "jsonl", "-b", "1", "-j", "1"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as run:
+        first = run.stdout.readline()
+        for path in many.iterdir():
+            path.unlink()
+        rows = [json.loads(line) for line in (first, *run.stdout)]
+    assert run.returncode == 3
+    assert len(rows) == 600
+    assert any(row["error"] == "cannot read: No such file or directory" for row in rows)
+
+
+@pytest.mark.slow
+def test_ten_thousand_empty_files(tmp_path):
+    for number in range(10_000):
+        (tmp_path / f"{number}.jpg").touch()
+    run = classify(tmp_path, "--format", "csv")
+    rows = list(csv.DictReader(run.stdout.splitlines()))
+    assert run.returncode == 3
+    assert {row["error"] for row in rows} == {"empty file (0 bytes)"}
+    assert len(rows) == 10_000

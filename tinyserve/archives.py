@@ -1,0 +1,184 @@
+"""Images inside other files, read in place: zip and tar archives, and tables in Parquet.
+
+Nothing is ever written to disk, so member names like ``../../etc`` are only names. Members larger
+than an image can be are refused, however small they are when compressed.
+"""
+
+import json
+import os
+import posixpath
+import tarfile
+import zipfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import IO, Any
+
+from tinyserve.errors import ImageError, UsageError
+from tinyserve.images import MAX_BYTES, SUFFIXES
+
+TARS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
+SUFFIXES_OF_ARCHIVES = (".zip", *TARS, ".parquet")
+
+_IMAGE_COLUMNS = ("image", "img", "bytes", "content", "data")
+"""Names looked for first among a table's columns that hold bytes."""
+_ROWS = 64  # of a table that are in memory at a time
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """One image inside an archive."""
+
+    name: str
+    """Inside the archive, with ``/``; of a table's row its number, from 0."""
+    label: str | None
+    """The table's own label; None in archives of files, where folders may tell."""
+    read: Callable[[], bytes]
+    """The image file, or :class:`~tinyserve.errors.ImageError`."""
+    in_memory: int = 0
+    """Bytes that it holds already."""
+
+
+def is_archive(path: str) -> bool:
+    return path.lower().endswith(SUFFIXES_OF_ARCHIVES) and os.path.isfile(path)
+
+
+def needs(path: str) -> None:
+    """Raise :class:`~tinyserve.errors.UsageError` where a package to read an archive is missing."""
+    if path.lower().endswith(".parquet"):
+        try:
+            import pyarrow.parquet  # noqa: F401
+        except ModuleNotFoundError as error:
+            raise UsageError(f"{path}: Parquet needs: pip install 'tinyserve[parquet]'") from error
+
+
+def members(path: str) -> Iterator[Member]:
+    """The images in an archive, in its own order.
+
+    Where an archive turns out to be damaged, the last member has no name and its reading fails.
+    """
+    lower = path.lower()
+    if lower.endswith(".zip"):
+        found = _zipped(path)
+    elif lower.endswith(TARS):
+        found = _tarred(path)
+    else:
+        found = _rows(path)
+    try:
+        yield from found
+    except Exception as error:  # each compression has an error class of its own
+        yield failed("", f"cannot read the archive: {str(error) or type(error).__name__}")
+
+
+def read_text(path: str, name: str) -> str | None:
+    """A text file in a zip archive; None where there is none of that name, and for other archives,
+    of which no part can be read before it is its turn."""
+    if not path.lower().endswith(".zip"):
+        return None
+    try:
+        with zipfile.ZipFile(path) as archive, archive.open(name) as file:
+            return _limited(file).decode("utf-8", errors="replace")
+    except KeyError:
+        return None
+
+
+def failed(name: str, reason: str) -> Member:
+    """A member that cannot be read."""
+
+    def read() -> bytes:
+        raise ImageError(reason)
+
+    return Member(name, None, read)
+
+
+def _zipped(path: str) -> Iterator[Member]:
+    # Not closed here but with its last member, which may be read long after it was listed.
+    archive = zipfile.ZipFile(path)
+    for info in archive.infolist():
+        if not info.is_dir() and _is_image(info.filename):
+            yield Member(info.filename, None, partial(_unzip, archive, info))
+
+
+def _unzip(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
+    try:
+        with archive.open(info) as file:
+            return _limited(file)
+    except ImageError:
+        raise
+    except Exception as error:  # each compression has an error class of its own
+        raise ImageError(f"cannot be unpacked: {str(error) or type(error).__name__}") from error
+
+
+def _tarred(path: str) -> Iterator[Member]:
+    # As a stream: compressed ones cannot be read in any other order in reasonable time.
+    with tarfile.open(path, "r|*") as archive:
+        while info := archive.next():
+            archive.members = []  # type: ignore[attr-defined]  # it would grow with every member
+            if not info.isfile() or not _is_image(info.name):
+                continue
+            file = archive.extractfile(info)
+            if file is None or info.size > MAX_BYTES:
+                yield failed(info.name, f"too large: {info.size:,} bytes, more than {MAX_BYTES:,}")
+                continue
+            data = _limited(file)
+            yield Member(info.name, None, partial(bytes, data), len(data))
+
+
+def _rows(path: str) -> Iterator[Member]:
+    import pyarrow.parquet
+
+    with pyarrow.parquet.ParquetFile(path) as table:
+        schema = table.schema_arrow
+        image = _image_column(schema)
+        columns = [image] + (["label"] if "label" in schema.names else [])
+        names = _label_names(schema)
+        number = 0
+        for batch in table.iter_batches(_ROWS, columns=columns):
+            for row in batch.to_pylist():
+                data, label = row[image], row.get("label")
+                if isinstance(data, dict):
+                    data = data.get("bytes")
+                if names is not None and isinstance(label, int) and 0 <= label < len(names):
+                    label = names[label]
+                label = label if isinstance(label, str) else None
+                if data is None:
+                    yield failed(str(number), "no image in this row")
+                else:
+                    yield Member(str(number), label, partial(bytes, data), len(data))
+                number += 1
+
+
+def _image_column(schema: Any) -> str:
+    """Of bytes, or, as Hugging Face's ``datasets`` writes it, of structures with ``bytes``."""
+    import pyarrow.types as types
+
+    def holds_bytes(kind: Any) -> bool:
+        if types.is_struct(kind):
+            return any(field.name == "bytes" and holds_bytes(field.type) for field in kind)
+        return bool(types.is_binary(kind) or types.is_large_binary(kind))
+
+    usable = [field.name for field in schema if holds_bytes(field.type)]
+    if not usable:
+        raise ValueError(f"no column of images among {', '.join(schema.names)}")
+    return next((name for name in _IMAGE_COLUMNS if name in usable), usable[0])
+
+
+def _label_names(schema: Any) -> list[str] | None:
+    """The classes that numbers in ``label`` stand for, as ``datasets`` notes them."""
+    try:
+        notes = json.loads(schema.metadata[b"huggingface"])
+        names = notes["info"]["features"]["label"]["names"]
+    except (TypeError, KeyError, ValueError):
+        return None
+    return [str(name) for name in names]
+
+
+def _limited(file: IO[bytes]) -> bytes:
+    data = file.read(MAX_BYTES + 1)
+    if len(data) > MAX_BYTES:
+        raise ImageError(f"too large: more than {MAX_BYTES:,} bytes")
+    return data
+
+
+def _is_image(name: str) -> bool:
+    return posixpath.splitext(name)[1].lower() in SUFFIXES
