@@ -1,13 +1,12 @@
 """What the page asks of the models: files in, plain values out, and no Gradio.
 
-A file arrives as Gradio hands it over unprocessed: a mapping with ``path``, where the upload lies,
-and ``orig_name``, what its owner calls it. Every function raises
-:class:`~tinyserve.errors.TinyserveError`.
+A file arrives as Gradio hands it over unprocessed: a mapping whose ``path`` says where the upload
+lies. Every function raises :class:`~tinyserve.errors.TinyserveError`.
 """
 
+import itertools
 import os
 import time
-import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tinyserve import images
+from tinyserve import archives, images
 from tinyserve.classifier import Classifier, Prediction
 from tinyserve.dataset import Input, find_inputs
 from tinyserve.engine import device_name
@@ -28,8 +27,6 @@ Upload = Mapping[str, Any]
 SAMPLES = Path(__file__).resolve().parents[2] / "samples"
 """Of the checkout that this package runs from; an installed package has none."""
 MAX_PICTURES = 1_000
-MAX_BYTES = 64 * 2**20
-"""Of one file in an archive, unpacked: more than any picture of images.MAX_PIXELS needs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,18 +87,17 @@ class Answers:
         """All pictures in files that are pictures or zip archives of pictures."""
         found: list[Input] = []
         for upload in files:
-            file, name = self._file(upload), _name(upload)
-            if name.lower().endswith(".zip"):
-                found.extend(_members(file, name))
-            else:
-                found.append(_File(name, None, file))
+            file = self._file(upload)
+            # Other archives are read from their beginning: counting would be reading them whole.
+            if archives.is_archive(str(file)) and file.suffix.lower() != ".zip":
+                raise UsageError(f"{file.name}: of archives, the page takes zip")
+            found.extend(itertools.islice(_inputs(file, file.parent), MAX_PICTURES + 1))
+            if len(found) > MAX_PICTURES:
+                raise UsageError(
+                    f"more than {MAX_PICTURES:,} pictures; `tinyserve classify` takes any number"
+                )
         if not found:
-            raise DataError("no pictures in there")
-        if len(found) > MAX_PICTURES:
-            raise UsageError(
-                f"{len(found):,} pictures, more than the {MAX_PICTURES:,} that the page takes at "
-                "once; `tinyserve classify` has no limit"
-            )
+            raise UsageError("choose some first")
         return found
 
     def classifier(self, model: str) -> Classifier:
@@ -120,10 +116,7 @@ class Answers:
 
 def samples() -> list[Input]:
     """The sample pictures, labelled; none where there is no folder of them."""
-    if not SAMPLES.is_dir():
-        return []
-    found = find_inputs([str(SAMPLES)])
-    return [_File(os.path.relpath(i.path, SAMPLES), i.label, Path(i.path)) for i in found]
+    return list(_inputs(SAMPLES, SAMPLES)) if SAMPLES.is_dir() else []
 
 
 def device(classifier: Classifier) -> str:
@@ -141,48 +134,12 @@ def _answer(model: str, classifier: Classifier, file: Path) -> Answer:
     return Answer(model, device(classifier), parameters, milliseconds, predictions)
 
 
-def _name(upload: Upload) -> str:
-    return str(upload.get("orig_name") or Path(str(upload["path"])).name)
-
-
-@dataclass(frozen=True, slots=True)
-class _File(Input):
-    """A file, under the name that its owner knows it by."""
-
-    file: Path
-
-    def read(self) -> bytes:
-        return images.read(self.file)
-
-
-@dataclass(frozen=True, slots=True)
-class _Member(Input):
-    """A file inside an archive, unpacked into memory when it is read, never onto the disk."""
-
-    archive: Path
-    member: str
-
-    def read(self) -> bytes:
-        try:
-            with zipfile.ZipFile(self.archive) as archive, archive.open(self.member) as file:
-                data = file.read(MAX_BYTES + 1)
-        # Damage, encryption and unknown compression all have errors of their own.
-        except Exception as error:
-            raise ImageError(f"cannot unpack: {error}") from error
-        if len(data) > MAX_BYTES:
-            raise ImageError(f"unpacks to more than {MAX_BYTES >> 20} MiB")
-        return data
-
-
-def _members(archive: Path, name: str) -> Iterator[Input]:
-    """The pictures in an archive; the folder that one lies in is its label."""
+def _inputs(path: Path, root: Path) -> Iterator[Input]:
+    """What is in a file or folder, under names that begin at ``root``: what lies above is nobody's
+    business."""
     try:
-        with zipfile.ZipFile(archive) as opened:
-            members = [member.filename for member in opened.infolist() if not member.is_dir()]
-    except (OSError, zipfile.BadZipFile) as error:
-        raise DataError(f"{name} is no zip archive, or damaged: {error}") from error
-    for member in members:
-        path = Path(member)
-        hidden = any(part.startswith((".", "__MACOSX")) for part in path.parts)
-        if path.suffix.lower() in images.SUFFIXES and not hidden:
-            yield _Member(f"{name}/{member}", path.parent.name or None, archive, member)
+        for found in find_inputs([str(path)]):
+            name = found.path.removeprefix(f"{root}{os.sep}")
+            yield Input(name, found.label, archives.Member(name, None, found.read))
+    except DataError as error:
+        raise DataError(str(error).replace(f"{root}{os.sep}", "")) from error

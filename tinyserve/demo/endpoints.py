@@ -11,14 +11,12 @@ An error comes back as Gradio's, with the words of ours.
 
 import contextlib
 import dataclasses
-import io
-import json
 from collections.abc import Iterator
 from typing import Any
 
-from tinyserve import output
 from tinyserve.demo.answers import Answers, Upload
 from tinyserve.errors import TinyserveError
+from tinyserve.output import document
 
 
 def add(answers: Answers, model: str) -> None:
@@ -57,12 +55,9 @@ def add(answers: Answers, model: str) -> None:
     def classify_many(files: list[Upload], model: str = model) -> list[dict[str, Any]]:
         """A row for every picture in files and zip archives: what ``tinyserve classify`` writes as
         JSON lines, with ``picture`` for ``path``."""
-        inputs = answers.inputs(files)
-        text = io.StringIO()
-        write = output.writer("jsonl", text, inputs, 5)
-        for result in answers.classifier(model).classify_many(inputs):
-            write(result)
-        rows = [json.loads(line) for line in text.getvalue().splitlines()]
+        classifier = answers.classifier(model)
+        results = classifier.classify_many(answers.inputs(files))
+        rows = [document(result, classifier.card.fingerprint) for result in results]
         # Gradio's client takes everything with a "path" for a file that it has to fetch.
         return [{"picture": row.pop("path"), **row} for row in rows]
 

@@ -1,18 +1,20 @@
 """The tab for many pictures: files and zip archives in, a gallery, a table and a CSV file out."""
 
-import io
+import tempfile
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from tinyserve import images, output
+from tinyserve import images
 from tinyserve.classifier import Classifier, Result
 from tinyserve.dataset import Input
 from tinyserve.demo.answers import MAX_PICTURES, SAMPLES, Answers, Upload, samples
 from tinyserve.demo.render import download, mark, percent, problem, totals
 from tinyserve.errors import TinyserveError
+from tinyserve.output import open_rows
 from tinyserve.report import Tally
 
 THUMBNAIL_SIDE = 160
@@ -105,23 +107,26 @@ def _classify(
     tally = Tally()
     shown: list[tuple[Image.Image, str]] = []
     rows: list[list[str]] = []
-    text = io.StringIO()
-    write = output.writer("csv", text, inputs, 5)
     start = time.perf_counter()
-    for number, result in enumerate(classifier.classify_many(inputs), 1):
-        progress((number, len(inputs)), unit="pictures")
-        tally.add(result)
-        write(result)
-        rows.append(_row(result))
-        if result.error is None and len(shown) < MAX_SHOWN:
-            shown.append((_thumbnail(result), _caption(result)))
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "predictions.csv")
+        model_version = classifier.card.fingerprint
+        with open_rows(str(file), "csv", inputs=inputs, k=5, model=model_version) as write:
+            for number, result in enumerate(classifier.classify_many(inputs), 1):
+                progress((number, len(inputs)), unit="pictures")
+                tally.add(result)
+                write(result)
+                rows.append(_row(result))
+                if result.error is None and len(shown) < MAX_SHOWN:
+                    shown.append((_thumbnail(result), _caption(result)))
+        link = download(file)
     summary = tally.summary(
         model=model,
         precision=classifier.card.precision,
         provider=classifier.engine.provider,
         seconds=time.perf_counter() - start,
     )
-    return totals(summary) + download(text.getvalue(), "predictions.csv"), shown, rows
+    return totals(summary) + link, shown, rows
 
 
 def _thumbnail(result: Result) -> Image.Image:

@@ -4,6 +4,7 @@ import base64
 from collections import Counter
 from collections.abc import Sequence
 from html import escape
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -148,12 +149,12 @@ def mark(correct: bool | None) -> str:
     return {None: "", True: "✓", False: "✗"}[correct]
 
 
-def download(text: str, name: str) -> str:
-    """A link that saves a text under a name; the text is in the page, in no file on the server."""
-    content = base64.b64encode(text.encode()).decode()
+def download(file: Path) -> str:
+    """A link that saves a CSV file. Its content is in the link: the file need not stay."""
+    content = base64.b64encode(file.read_bytes()).decode()
     return (
-        f'<a class="download" download="{escape(name)}" '
-        f'href="data:text/csv;charset=utf-8;base64,{content}">Download {escape(name)}</a>'
+        f'<a class="download" download="{file.name}" href="data:text/csv;charset=utf-8;base64,'
+        f'{content}">Download {file.name}</a>'
     )
 
 
