@@ -28,14 +28,14 @@ def build(answers: Answers, model: str) -> None:
     import gradio as gr
 
     with gr.Row():
-        with gr.Column(scale=3):
+        with gr.Column(scale=4):
             files = gr.File(
                 label=f"Pictures and zip archives of pictures, {MAX_PICTURES:,} at most",
                 file_count="multiple",
                 height=220,
                 elem_id="files",
             )
-        with gr.Column(scale=2):
+        with gr.Column(scale=3):
             choice = gr.Radio(answers.models, value=model, label="Model")
             start = gr.Button("Classify them", variant="primary")
             take_samples = gr.Button("Try the samples", visible=SAMPLES.is_dir())

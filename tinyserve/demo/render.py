@@ -172,7 +172,7 @@ def share_bar(fraction: float) -> str:
 
 
 def percent(fraction: float) -> str:
-    return f"{100 * fraction:.1f} %"
+    return f"{100 * fraction:.1f}\N{NO-BREAK SPACE}%"
 
 
 def count(number: int, noun: str) -> str:
