@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 from demo_page import (
     CHROMIUM,
-    MILLISECONDS,
     ROOT,
     SITECUSTOMIZE,
     Server,
     free_port,
     noise,
+    open_page,
     wait_until_printed,
 )
 
@@ -70,10 +70,7 @@ def context() -> Iterator[Any]:
 
 @pytest.fixture
 def page(server: Server, context: Any) -> Iterator[Any]:
-    page = context.new_page()
-    page.set_default_timeout(MILLISECONDS)
-    page.goto(server.url)
-    page.wait_for_selector("input[type=file]", state="attached")
+    page = open_page(context, server)
     yield page
     page.close()
 

@@ -18,7 +18,7 @@ from tinyserve import Prediction
 
 ROOT = Path(__file__).resolve().parents[2]
 START_SECONDS = 120
-MILLISECONDS = 120_000
+MILLISECONDS = 30_000
 """How long the browser waits for what a busy machine may take a while to show."""
 CHROMIUM = [
     "--no-sandbox",
@@ -94,6 +94,14 @@ def save(path: Path) -> None:
         image.save(path, save_all=True, append_images=[noise(5)])
     else:
         (image.convert("L") if path.stem == "grey" else image).save(path, quality=80)
+
+
+def open_page(context: Any, server: Server) -> Any:
+    page = context.new_page()
+    page.set_default_timeout(MILLISECONDS)
+    page.goto(server.url)
+    page.wait_for_selector("#picture input[type=file]", state="attached")
+    return page
 
 
 def upload(page: Any, path: Path) -> None:

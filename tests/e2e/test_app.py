@@ -161,8 +161,8 @@ def test_works_with_the_keyboard_alone(page: Any) -> None:
     press_tab_until("#samples .gallery-item")
     page.keyboard.press("Enter")
     before = shown(page)
-    press_tab_until("input[type=radio]")
-    page.keyboard.press("ArrowUp")
+    press_tab_until("input[value=inception]")
+    page.keyboard.press("Space")
     wait_for(lambda: shown(page) != before)
     press_tab_until("#explain")
     page.keyboard.press("Enter")
@@ -221,7 +221,7 @@ def test_huge_picture_is_refused_in_words(page: Any, tmp_path: Path) -> None:
     Image.new("1", (9_500, 9_500)).save(path)
     assert path.stat().st_size < 100_000
     upload(page, path)
-    wait_for(lambda: "too large: 9500 x 9500" in words(page, "#classes .problem"))
+    wait_for(lambda: "too large" in words(page, "#classes .problem"))
 
 
 @pytest.mark.browser
