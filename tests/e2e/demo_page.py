@@ -18,7 +18,7 @@ from tinyserve import Prediction
 
 ROOT = Path(__file__).resolve().parents[2]
 START_SECONDS = 120
-MILLISECONDS = 30_000
+MILLISECONDS = 60_000
 """How long the browser waits for what a busy machine may take a while to show."""
 CHROMIUM = [
     "--no-sandbox",

@@ -3,6 +3,7 @@
 import http.client
 import io
 import json
+import re
 import socket
 import subprocess
 import sys
@@ -311,6 +312,36 @@ def test_explanation_by_name(client: Any, jpeg: Path) -> None:
     occlusion = occlude(baseline.engine, images.load(jpeg, size=64), best.index)
     assert answer["heat"] == occlusion.heat.tolist()
     assert answer["lowest"] == occlusion.lowest
+
+
+def test_readme_client(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("gradio_client", reason="gradio is not installed")
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    (block,) = (block for block in blocks if "gradio_client" in block)
+    assert "http://127.0.0.1:7860" in block
+    exec(block.replace("http://127.0.0.1:7860", server.url), names := {})
+    names["page"].close()
+    assert "'name': 'goldfish'" in capsys.readouterr().out
+
+
+def test_page_can_be_part_of_another_application() -> None:
+    script = """
+import functools, json
+import fastapi, fastapi.testclient
+from tinyserve import Classifier
+from tinyserve.demo import build_page, options
+app = fastapi.FastAPI()
+load = functools.cache(functools.partial(Classifier, device="cpu"))
+page = build_page("baseline", load)
+import gradio
+with fastapi.testclient.TestClient(gradio.mount_gradio_app(app, page, "/ui", **options())) as client:
+    assert "tinyserve" in client.get("/ui/").text
+    print(*client.get("/ui/gradio_api/info").json()["named_endpoints"])
+"""
+    command = [sys.executable, "-W", "ignore", "-c", script]
+    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (ran.returncode, ran.stderr) == (0, "")
+    assert ran.stdout.split() == ["/classify", "/compare", "/explain", "/classify_many", "/models"]
 
 
 def test_start_is_quiet(server: Server) -> None:
