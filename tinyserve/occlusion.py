@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 from tinyserve.engine import Engine
 
 GRID = 11
-"""Spots in a row and in a column: GRID x GRID variants of the picture are classified."""
+"""Spots in a row and in a column: so many, squared, variants of the picture are classified."""
 SPREAD = 0.1
-"""Standard deviation of a spot, in sides of the picture. Small ones hide too little of anything:
-the network guesses the rest."""
+"""Standard deviation of a spot, in sides of the picture: large enough to hide a part of a thing,
+small enough to tell parts from each other."""
 BATCH_SIZE = 32
 
 
@@ -40,7 +40,7 @@ def occlude(engine: Engine, image: NDArray[np.uint8], index: int) -> Occlusion:
     the time of :data:`GRID` squared images.
     """
     spots = _spots(len(image))
-    mean = image.mean(axis=(0, 1))
+    mean = image.mean(axis=(0, 1), dtype=np.float32)
     probability = float(engine.run(image[None])[0, index])
     remaining = np.empty(len(spots), np.float32)
     for start in range(0, len(spots), BATCH_SIZE):

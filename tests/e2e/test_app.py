@@ -334,7 +334,8 @@ app = fastapi.FastAPI()
 load = functools.cache(functools.partial(Classifier, device="cpu"))
 page = build_page("baseline", load)
 import gradio
-with fastapi.testclient.TestClient(gradio.mount_gradio_app(app, page, "/ui", **options())) as client:
+gradio.mount_gradio_app(app, page, "/ui", **options())
+with fastapi.testclient.TestClient(app) as client:
     assert "tinyserve" in client.get("/ui/").text
     print(*client.get("/ui/gradio_api/info").json()["named_endpoints"])
 """

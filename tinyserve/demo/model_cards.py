@@ -1,6 +1,5 @@
 """The tab that says what is known of every installed model."""
 
-import functools
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def build(tab: "gr.Tab") -> None:
-    """Add the tab's content, which is read from the files when the tab is first opened."""
+    """Add the tab's content, which is read from the files whenever the tab is opened."""
     import gradio as gr
 
     cards = gr.HTML("Reading the files …")
@@ -28,7 +27,6 @@ def _cards() -> str:
     return f'<div class="cards">{articles}</div>'
 
 
-@functools.cache
 def _card(name: str, path: Path) -> str:
     try:
         card = read_card(path)
@@ -45,12 +43,13 @@ def _card(name: str, path: Path) -> str:
             facts["started from"] = f"weights from {_training(card.training.initial)}"
     if card.golden:
         facts["self-test"] = f"{card.golden.count} pictures whenever it is loaded"
+    rows = "".join(f"<dt>{name}</dt><dd>{escape(fact)}</dd>" for name, fact in facts.items())
     evidence = "".join(f"<li>{_evidence(entry)}</li>" for entry in card.evidence)
     classes = ", ".join(label.name for label in card.labels)
     return (
-        f"<article><h3>{escape(name)}</h3>{_accuracy(card)}<dl class=facts>"
-        + "".join(f"<dt>{k}</dt><dd>{escape(v)}</dd>" for k, v in facts.items())
-        + f"</dl><details><summary>Evidence</summary><ul>{evidence}</ul></details>"
+        f"<article><h3>{escape(name)}</h3>{_accuracy(card)}"
+        f'<dl class="facts">{rows}</dl>'
+        f"<details><summary>Evidence</summary><ul>{evidence}</ul></details>"
         f"<details><summary>{len(card.labels)} classes</summary><p>{escape(classes)}</p></details>"
         "</article>"
     )

@@ -17,7 +17,7 @@ from tinyserve.occlusion import Occlusion
 from tinyserve.report import Summary
 
 SHOWN_SIDE = 512
-"""Side in pixels of the pictures that :func:`enlarged` and :func:`overlay` make."""
+"""Side in pixels up to which :func:`enlarged` and :func:`overlay` enlarge."""
 
 GUESSES_HERE = "<h2>Likeliest classes</h2><p>Choose a picture, or take a sample.</p>"
 MODELS_HERE = "<h2>All models</h2><p>What each of them says of the picture.</p>"
@@ -42,14 +42,15 @@ def bars(answer: Answer) -> str:
     best = escape(answer.predictions[0].name)
     return (
         f'<h2>Likeliest classes</h2><p class="best">{best}</p><ol class="bars">{rows}</ol>'
-        f"<p class=note>{answer.milliseconds:.1f} ms on {escape(answer.device)}</p>"
+        f'<p class="note">{answer.milliseconds:.1f} ms on {escape(answer.device)}</p>'
     )
 
 
 def comparison(answers: Sequence[Answer]) -> str:
     """A table of what every model says, under a line that says how far they agree."""
-    guesses = Counter(a.predictions[0].index for a in answers if a.predictions)
-    common, votes = guesses.most_common(1)[0] if guesses else (None, 0)
+    # Models need not have the same classes in the same order, so their names are compared.
+    guesses = Counter(a.predictions[0].name for a in answers if a.predictions)
+    common, votes = guesses.most_common(1)[0] if guesses else ("", 0)
     rows = []
     for answer in answers:
         size = f"{answer.parameters / 1e6:.2f} M" if answer.parameters else ""
@@ -58,13 +59,13 @@ def comparison(answers: Sequence[Answer]) -> str:
             rows.append(f'<tr>{model}<td colspan="4">⚠️ {escape(answer.error or "")}</td></tr>')
             continue
         best = answer.predictions[0]
-        agrees = votes > 1 and best.index == common
+        agrees = votes > 1 and best.name == common
         rows.append(
             f"<tr>{model}<td>{escape(best.name)}</td><td>{share_bar(best.probability)}</td>"
             f"<td>{'✓' if agrees else '–'}</td><td>{answer.milliseconds:.1f}</td></tr>"
         )
     return (
-        f"<h2>All models</h2><p>{_agreement(answers, votes, common)}</p>"
+        f"<h2>All models</h2><p>{_agreement(common, votes, guesses.total())}</p>"
         '<table class="models"><thead><tr><th scope="col">model<small>parameters</small></th>'
         '<th scope="col">guess</th><th scope="col">probability</th>'
         '<th scope="col"><abbr title="with most models">agrees</abbr></th>'
@@ -73,16 +74,13 @@ def comparison(answers: Sequence[Answer]) -> str:
     )
 
 
-def _agreement(answers: Sequence[Answer], votes: int, common: int | None) -> str:
-    best = [answer.predictions[0] for answer in answers if answer.predictions]
-    name = next((escape(p.name) for p in best if p.index == common), "")
-    if len(best) < 2:
+def _agreement(common: str, votes: int, models: int) -> str:
+    if models < 2:
         return ""
     if votes == 1:
         return "No two models agree."
-    if votes == len(best):
-        return f"All {votes} models say <strong>{name}</strong>."
-    return f"{votes} of {len(best)} models say <strong>{name}</strong>."
+    all_or_some = f"All {votes}" if votes == models else f"{votes} of {models}"
+    return f"{all_or_some} models say <strong>{escape(common)}</strong>."
 
 
 def seen_words(card: ModelCard) -> str:
@@ -98,18 +96,20 @@ def seen_words(card: ModelCard) -> str:
 
 def enlarged(image: NDArray[np.uint8]) -> Image.Image:
     """A picture with every pixel a crisp square."""
-    return Image.fromarray(image).resize((SHOWN_SIDE, SHOWN_SIDE), Image.Resampling.NEAREST)
+    side = len(image) * max(1, SHOWN_SIDE // len(image))
+    return Image.fromarray(image).resize((side, side), Image.Resampling.NEAREST)
 
 
 def overlay(image: NDArray[np.uint8], heat: NDArray[np.float32]) -> Image.Image:
     """The heat over the picture, whose own colours are subdued; the hottest place is brightest."""
     strength = np.clip(heat, 0, None)
     strength /= max(float(strength.max()), 1e-9)
-    smooth = Image.fromarray(strength).resize((SHOWN_SIDE, SHOWN_SIDE), Image.Resampling.BICUBIC)
+    large = enlarged(image)
+    smooth = Image.fromarray(strength).resize(large.size, Image.Resampling.BICUBIC)
     level = np.clip(np.asarray(smooth), 0, 1)
     steps = np.linspace(0, 1, len(_HEAT))
     colour = np.stack([np.interp(level, steps, _HEAT[:, channel]) for channel in range(3)], axis=2)
-    pixels = np.asarray(enlarged(image), dtype=np.float32)
+    pixels = np.asarray(large, dtype=np.float32)
     subdued = 0.25 * pixels + 0.75 * pixels.mean(axis=2, keepdims=True)
     opacity = (0.3 + 0.35 * level)[:, :, None]
     return Image.fromarray(((1 - opacity) * subdued + opacity * colour).astype(np.uint8))
@@ -129,18 +129,18 @@ def totals(summary: Summary) -> str:
     return (
         f"<p>{words}.</p><dl><div><dt>top-1</dt><dd>{percent(summary.top1)}</dd></div>"
         f"<div><dt>top-5</dt><dd>{percent(summary.top5)}</dd></div></dl>"
-        f"<p class=note>Of {count(summary.labelled, 'labelled picture')}; 95 % interval of top-1 "
+        f'<p class="note">Of {count(summary.labelled, "labelled picture")}; 95 % interval of top-1 '
         f"{100 * low:.1f} to {percent(high)}. What cannot be read counts as wrong.</p>"
     )
 
 
 def heat_words(best: Prediction, occlusion: Occlusion) -> str:
-    """What the hottest place is worth."""
+    """What the place that matters most is worth."""
     name = escape(best.name)
     if occlusion.lowest >= occlusion.probability:
         return f"<p>Covering any one place makes <strong>{name}</strong> no less likely.</p>"
     return (
-        f"<p>Covering the brightest place takes <strong>{name}</strong> from "
+        f"<p>Covering the place that matters most takes <strong>{name}</strong> from "
         f"{percent(occlusion.probability)} to {percent(occlusion.lowest)}.</p>"
     )
 
