@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 
 from tqdm import tqdm
 
+from tinyserve import bench as bench_module
 from tinyserve import compare as comparison
 from tinyserve import verify as verification
 from tinyserve.adopt import adopt as adopt_model
@@ -48,6 +49,7 @@ from tinyserve.resume import Resumed
 from tinyserve.triton import write_repository
 
 SOME_FAILED = 3
+_BATCH_SIZE = 32
 
 _FIRST = 10_000
 """Inputs that are listed before work begins: a bar and a table are laid out after them."""
@@ -90,11 +92,12 @@ def classify(arguments: argparse.Namespace) -> int:
     if arguments.resume and output is None:
         raise UsageError("--resume goes on with the file that -o names")
     inputs = find_inputs(arguments.paths)
+    settings = _settings(arguments)
     classifier = Classifier(
         arguments.model,
         precision=arguments.precision,
-        device=arguments.device,
-        streams=arguments.workers or default_threads(),
+        device=settings.device,
+        streams=settings.workers,
         self_test=not arguments.no_self_test,
     )
     k = min(arguments.topk, len(classifier.card.labels))
@@ -118,7 +121,7 @@ def classify(arguments: argparse.Namespace) -> int:
         ) as write,
         contextlib.closing(
             classifier.classify_many(
-                itertools.chain(first, inputs), k=k, batch_size=arguments.batch_size
+                itertools.chain(first, inputs), k=k, batch_size=settings.batch_size
             )
         ) as results,
         _progress(len(first) if len(first) < _FIRST else None, rows=output is None) as bar,
@@ -150,6 +153,28 @@ def classify(arguments: argparse.Namespace) -> int:
         except OSError as error:
             raise OutputError(f"cannot write {arguments.summary}: {error.strerror}") from error
     return SOME_FAILED if summary.failed else 0
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Settings:
+    device: str | None
+    workers: int
+    batch_size: int
+
+
+def _settings(arguments: argparse.Namespace) -> _Settings:
+    """What the arguments say, then with --tuned what was measured, then the defaults."""
+    tuned = None
+    device = arguments.device
+    if arguments.tuned:
+        precision = arguments.precision
+        precisions = preferred_precisions(device) if precision == "auto" else (precision,)
+        tuned = bench_module.tuned(find_model(arguments.model, precisions))
+    return _Settings(
+        device=device or (tuned.device if tuned else None),
+        workers=arguments.workers or (tuned.workers if tuned else default_threads()),
+        batch_size=arguments.batch_size or (tuned.batch_size if tuned else _BATCH_SIZE),
+    )
 
 
 def _progress(total: int | None, *, rows: bool) -> "tqdm[NoReturn]":
@@ -338,6 +363,56 @@ def triton(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def bench(arguments: argparse.Namespace) -> int:
+    files = [_file_of(name) for name in arguments.model or installed_models()]
+    workers = arguments.workers or sorted({1, default_threads()})
+    found = []
+    seconds = arguments.seconds
+    measured = bench_module.measure(
+        files, arguments.device or ["auto"], workers, arguments.batch_size, seconds=seconds
+    )
+    total = len(files) * len(arguments.device or ["auto"]) * len(workers)
+    with tqdm(total=total * len(arguments.batch_size), disable=None, leave=False) as bar:
+        for entry in measured:
+            found.append(entry)
+            bar.update()
+    fastest = bench_module.best(found)
+    saved = bench_module.save(fastest)
+    if arguments.json:
+        print(json.dumps([dataclasses.asdict(entry) for entry in found], indent=2))
+    else:
+        _print_columns([_BENCH_HEADER, *(_bench_row(entry, fastest) for entry in found)])
+        print("images/s; * the fastest of each file from image files to rows")
+    print(f"kept for classify --tuned: {saved}", file=sys.stderr)
+    return 0
+
+
+_BENCH_HEADER = (
+    *("model", "device", "workers", "batch", "session", "end to end", "ratio"),
+    *("one image p50", "p99", "cold start", "memory"),
+)
+
+
+def _bench_row(
+    entry: bench_module.Measurement, fastest: dict[str, bench_module.Measurement]
+) -> tuple[str, ...]:
+    settings = entry.settings
+    memory = "" if entry.peak_bytes is None else f"{entry.peak_bytes / 2**20:.0f} MiB"
+    return (
+        _model_name(entry.file),
+        device_name(entry.provider),
+        str(settings.workers),
+        str(settings.batch_size),
+        f"{entry.session:,.0f}",
+        f"{entry.end_to_end:,.0f}{' *' if fastest[entry.file] is entry else ''}",
+        f"{entry.end_to_end / entry.session:.2f}",
+        f"{entry.p50_ms:.2f} ms",
+        f"{entry.p99_ms:.2f} ms",
+        f"{entry.cold_start:.2f} s",
+        memory,
+    )
+
+
 def _validation_folder(data: str) -> str:
     """``val/`` of a data set, or the folder itself."""
     inside = os.path.join(data, "val")
@@ -484,7 +559,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("-m", "--model", default=DEFAULT_MODEL, help="name or .onnx file (default: %(default)s)")
     add("-k", "--topk", type=_at_least_one, default=5, help="predictions an image (default: 5)")
-    add("-b", "--batch-size", type=_at_least_one, default=32, help="default: %(default)s")
+    add("-b", "--batch-size", type=_at_least_one, help=f"default: {_BATCH_SIZE}")
     add("--device", choices=DEVICES, help="default: $TINYSERVE_DEVICE or auto")
     add(
         "--precision",
@@ -498,6 +573,11 @@ def _parser() -> argparse.ArgumentParser:
         type=_at_least_one,
         metavar="N",
         help="batches at a time, between which the cores are shared (default: one a core)",
+    )
+    add(
+        "--tuned",
+        action="store_true",
+        help="with the device, workers and batch size that `tinyserve bench` found fastest here",
     )
     add("--no-self-test", action="store_true", help="do not replay the file's golden images first")
     add("--format", choices=FORMATS, help="default: table, or by the suffix of -o")
@@ -550,6 +630,41 @@ def _parser() -> argparse.ArgumentParser:
     add("--data", metavar="DIR", required=True, help="labelled images, or a data set with val/")
     add("-b", "--batch-size", type=_at_least_one, default=32, help="default: %(default)s")
     add("--device", choices=DEVICES, help="default: $TINYSERVE_DEVICE or auto")
+    add("--json", action="store_true")
+
+    command = commands.add_parser(
+        "bench",
+        help="measure the models on this machine",
+        description="Measure speed, latency, cold start and memory of models on this machine, and "
+        "keep the fastest settings for `classify --tuned`.",
+    )
+    command.set_defaults(command=bench)
+    add = command.add_argument
+    add(
+        "-m",
+        "--model",
+        action="append",
+        help="name or .onnx file, repeatable (default: every file that is installed)",
+    )
+    add("--device", action="append", choices=DEVICES, help="repeatable (default: auto)")
+    add(
+        "-j",
+        "--workers",
+        action="append",
+        type=_at_least_one,
+        metavar="N",
+        help="repeatable (default: 1 and one a core)",
+    )
+    add(
+        "-b",
+        "--batch-size",
+        nargs="+",
+        type=_at_least_one,
+        default=[1, 8, 32, 64],
+        metavar="N",
+        help="default: 1 8 32 64",
+    )
+    add("--seconds", type=float, default=1.0, help="for each figure (default: %(default)s)")
     add("--json", action="store_true")
 
     command = commands.add_parser(

@@ -22,6 +22,9 @@ class ServedNetwork(nn.Module):
     """
 
     mean: Tensor
+    """Of each row of pixels, ``[width * 3]``, or of an image, ``[1, height, width * 3]``; ``scale``
+    is of each row. ONNX Runtime subtracts what is as long as a row some thirty times as fast as the
+    three numbers of a pixel, which took a third of the time of the 8-bit baseline."""
     scale: Tensor
     rows: Tensor | None
     """Interpolation weights ``[views, network_size, image_size]`` of the rows, and ``columns`` of
@@ -57,8 +60,11 @@ class ServedNetwork(nn.Module):
         elif crop < image_size:  # a slice of everything would stay in the exported graph
             offset = round((image_size - crop) / 2)
             self.centre = slice(offset, offset + crop)
-        self.register_buffer("mean", self._crop(mean[None]) if mean.dim() == 3 else mean)
-        self.register_buffer("scale", 1 / std)
+        width = crop if self.centre else image_size
+        one_colour = mean.dim() == 1
+        mean = mean.repeat(width) if one_colour else self._crop(mean[None]).flatten(2)
+        self.register_buffer("mean", mean)
+        self.register_buffer("scale", (1 / std).repeat(width))
         self.register_buffer("rows", rows)
         self.register_buffer("columns", columns)
 
@@ -66,8 +72,8 @@ class ServedNetwork(nn.Module):
         return images if self.centre is None else images[:, self.centre, self.centre]
 
     def forward(self, images: Tensor) -> Tensor:
-        pixels = (self._crop(images).float() - self.mean) * self.scale
-        pixels = pixels.permute(0, 3, 1, 2)
+        pixels = (self._crop(images).flatten(2).float() - self.mean) * self.scale
+        pixels = pixels.unflatten(2, (-1, 3)).permute(0, 3, 1, 2)
         views = 1
         if self.rows is not None and self.columns is not None:
             views = len(self.rows)

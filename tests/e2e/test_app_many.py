@@ -59,7 +59,7 @@ def test_archive_of_200_with_three_bad_ones(
 ) -> None:
     before = server.stderr.read_text()
     choose(many, archive)
-    many.wait_for_selector("#totals .download")
+    many.wait_for_selector("#totals .csv-link")
     results = list(classifier.classify_many(find_inputs([str(archive)])))
     tally = Tally()
     for result in results:
@@ -75,7 +75,7 @@ def test_archive_of_200_with_three_bad_ones(
     caption = many.locator("#gallery .caption-label").first.inner_text()
     assert good[0] in caption
     with many.expect_download() as download:
-        many.locator("#totals .download").click()
+        many.locator("#totals .csv-link").click()
     rows = list(csv.DictReader(Path(download.value.path()).read_text().splitlines()))
     assert download.value.suggested_filename == "predictions.csv"
     assert len(rows) == 200
@@ -99,9 +99,10 @@ def test_bad_file_is_a_row_with_the_reason(many: Any, samples: Path, tmp_path: P
     bad = tmp_path / "bad.jpg"
     bad.write_bytes(b"no picture, just words\n")
     choose(many, bad, samples / "goldfish" / "val_68.JPEG")
-    many.wait_for_selector("#totals .download")
+    many.wait_for_selector("#totals .csv-link")
     assert "2 pictures" in words(many, "#totals")
-    many.locator("#table td:visible", has_text="not an image").wait_for()
+    # The table has hidden copies of its rows, to measure them.
+    many.locator("#table").get_by_text("not an image").filter(visible=True).wait_for()
     assert many.locator("#totals dd").count() == 0, "accuracy of pictures without labels"
 
 
@@ -179,7 +180,7 @@ def test_fits_phones_and_desktops_in_light_and_dark(wide: Any, scheme: str, tmp_
     assert (background > text) == (scheme == "light")
     wide.get_by_role("tab", name="Many pictures").click()
     wide.get_by_role("button", name="Try the samples").click()
-    wide.wait_for_selector("#totals .download")
+    wide.wait_for_selector("#totals .csv-link")
     wide.wait_for_selector("#gallery img")
     keep("many")
     wide.get_by_role("tab", name="Models").click()

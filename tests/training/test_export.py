@@ -296,6 +296,24 @@ def test_a_folder_in_the_place_of_the_file_is_one_line(small_run, tmp_path, caps
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("missing", [1_000_000, 1000], ids=["at once", "when evidence is added"])
+def test_a_full_disk_is_one_line_and_nothing_half_written(
+    small_run, run_on_a_full_disk, tmp_path, missing
+):
+    output = tmp_path / "models"
+    (older,) = export.export(small_run, output)
+    before = older.read_bytes()
+    result = run_on_a_full_disk(len(before) - missing, "training.export", small_run, "-o", output)
+    assert result.returncode == 2
+    assert ("fp32 on CPU" in result.stderr) == (missing == 1000)  # was the gate reached?
+    assert "Traceback" not in result.stderr
+    lines = [line for line in result.stderr.splitlines() if line.startswith("training.export:")]
+    assert lines == [f"training.export: cannot write into {output}: File too large"]
+    assert os.listdir(output) == ["baseline.onnx"]
+    assert older.read_bytes() == before
+
+
+@pytest.mark.slow
 def test_an_unknown_precision_is_refused_with_those_known(small_run, tmp_path, capsys):
     assert export.main([str(small_run), "-o", str(tmp_path), "--precision", "fp32,int4"]) == 2
     check_one_line(capsys, "unknown precision 'int4' (known: fp32, fp16, int8)")

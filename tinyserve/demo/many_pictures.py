@@ -49,6 +49,7 @@ def build(answers: Answers, model: str) -> None:
         label="Guesses",
         show_label=False,
         columns=6,
+        fit_columns=False,
         height="auto",
         object_fit="cover",
         format="png",

@@ -153,7 +153,7 @@ def download(file: Path) -> str:
     """A link that saves a CSV file. Its content is in the link: the file need not stay."""
     content = base64.b64encode(file.read_bytes()).decode()
     return (
-        f'<a class="download" download="{file.name}" href="data:text/csv;charset=utf-8;base64,'
+        f'<a class="csv-link" download="{file.name}" href="data:text/csv;charset=utf-8;base64,'
         f'{content}">Download {file.name}</a>'
     )
 

@@ -1,0 +1,73 @@
+"""`tinyserve bench`: its figures belong together, and `classify --tuned` uses the best settings."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tinyserve.modelfile import find_model
+
+
+@pytest.fixture
+def tinyserve(tmp_path):
+    def run(*arguments) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            [sys.executable, "-m", "tinyserve.cli", *map(str, arguments)],
+            capture_output=True, text=True, timeout=300,
+            env={**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache")},
+        )  # fmt: skip
+
+    return run
+
+
+@pytest.fixture
+def model(tmp_path) -> Path:
+    return Path(shutil.copy(find_model("baseline", ("int8",)), tmp_path / "mine.onnx"))
+
+
+@pytest.mark.slow
+def test_the_fastest_settings_are_measured_and_used(tinyserve, model, samples, tmp_path):
+    settings = ("--device", "cpu", "-j", 1, "-j", 2, "-b", 1, 16, "--seconds", 0.1)
+    run = tinyserve("bench", "-m", model, *settings, "--json")
+    assert run.returncode == 0, run.stderr
+    found = json.loads(run.stdout)
+    assert [(row["settings"]["workers"], row["settings"]["batch_size"]) for row in found] == [
+        (1, 1), (1, 16), (2, 1), (2, 16)
+    ]  # fmt: skip
+    for row in found:
+        assert row["provider"] == "CPUExecutionProvider"
+        assert row["session"] > 0 and row["end_to_end"] > 0
+        assert 0 < row["p50_ms"] <= row["p99_ms"]
+        assert row["p50_ms"] < 1000 * row["cold_start"]
+        assert 50e6 < row["peak_bytes"] < 2e9
+    (kept,) = json.loads((tmp_path / "cache" / "tinyserve" / "tuned.json").read_text()).values()
+    assert kept == max(found, key=lambda row: row["end_to_end"])["settings"]
+    assert str(tmp_path / "cache") in run.stderr
+
+    assert tinyserve("classify", samples, "-m", model, "--tuned").returncode == 0
+    os.utime(model, (1, 1))
+    run = tinyserve("classify", samples, "-m", model, "--tuned")
+    assert run.returncode == 2
+    assert f"no settings were measured for {model}; run: tinyserve bench -m {model}" in run.stderr
+
+
+@pytest.mark.slow
+def test_the_table_marks_the_fastest_of_each_file(tinyserve, model):
+    run = tinyserve("bench", "-m", model, "-j", 1, "-b", 1, 4, "--seconds", 0.05)
+    header, *rows, legend = run.stdout.splitlines()
+    assert header.split()[:4] == ["model", "device", "workers", "batch"]
+    assert [row.split()[0] for row in rows] == ["mine", "mine"]
+    assert sum("*" in row for row in rows) == 1
+    assert legend.startswith("images/s")
+
+
+def test_a_model_that_cannot_be_measured_is_one_line(tinyserve, tmp_path):
+    (tmp_path / "text.onnx").write_text("no model")
+    run = tinyserve("bench", "-m", tmp_path / "text.onnx")
+    assert run.returncode == 1
+    assert "no ONNX model" in run.stderr
+    assert len(run.stderr.splitlines()) == 1
