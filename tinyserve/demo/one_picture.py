@@ -93,7 +93,7 @@ def build(answers: Answers, model: str) -> None:
             image = render.overlay(answers.seen(picture, model), occlusion.heat)
         except TinyserveError as error:
             return None, render.problem(error, "say where it looked")
-        return image, render.heat_words(best, occlusion)
+        return image, render.heat_words(model, best, occlusion)
 
     common: dict[str, Any] = {
         "api_visibility": "private",

@@ -134,13 +134,15 @@ def totals(summary: Summary) -> str:
     )
 
 
-def heat_words(best: Prediction, occlusion: Occlusion) -> str:
+def heat_words(model: str, best: Prediction, occlusion: Occlusion) -> str:
     """What the place that matters most is worth."""
-    name = escape(best.name)
+    model, name = escape(model), escape(best.name)
     if occlusion.lowest >= occlusion.probability:
-        return f"<p>Covering any one place makes <strong>{name}</strong> no less likely.</p>"
+        return (
+            f"<p>{model}: covering any one place makes <strong>{name}</strong> no less likely.</p>"
+        )
     return (
-        f"<p>Covering the place that matters most takes <strong>{name}</strong> from "
+        f"<p>{model}: covering the place that matters most takes <strong>{name}</strong> from "
         f"{percent(occlusion.probability)} to {percent(occlusion.lowest)}.</p>"
     )
 
