@@ -35,8 +35,10 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 
-from tinyserve.engine import CPU, CUDA, Engine, default_threads, device_name, session_options
+from tinyserve.devices import CPU, CUDA, default_threads, device_name
+from tinyserve.engine import Engine
 from tinyserve.modelfile import INPUT_NAME, write_model
+from tinyserve.onnxruntime_session import session_options
 
 SLOWEST = 6
 """How many nodes are shown by name."""

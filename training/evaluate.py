@@ -16,9 +16,9 @@ class ServedNetwork(nn.Module):
 
     Maps uint8 ``[N, image_size, image_size, 3]``, RGB, to float32 ``[N, classes]``, rows summing to
     1: centre crop of ``crop`` pixels, normalisation, channels first, resized to ``network_size`` as
-    in training if that differs, the network, softmax. Several ``views`` are run as one batch, and
-    their probabilities averaged; where ``crop`` leaves no room to move, crops that are not centred
-    are 7/8 as wide.
+    in training if that differs, the network, its logits divided by ``temperature``, softmax.
+    Several ``views`` are run as one batch, and their probabilities averaged; where ``crop`` leaves
+    no room to move, crops that are not centred are 7/8 as wide.
     """
 
     mean: Tensor
@@ -30,6 +30,7 @@ class ServedNetwork(nn.Module):
     """Interpolation weights ``[views, network_size, image_size]`` of the rows, and ``columns`` of
     the columns: crop, mirror and resize in one. None where nothing is resized."""
     columns: Tensor | None
+    temperature: float = 1.0
 
     def __init__(
         self,
@@ -72,6 +73,14 @@ class ServedNetwork(nn.Module):
         return images if self.centre is None else images[:, self.centre, self.centre]
 
     def forward(self, images: Tensor) -> Tensor:
+        logits = self.logits(images)
+        if self.temperature != 1:  # dividing by one would stay in the exported graph
+            logits = logits / self.temperature
+        probabilities = logits.softmax(dim=-1)
+        return probabilities if logits.dim() == 2 else probabilities.mean(dim=0)
+
+    def logits(self, images: Tensor) -> Tensor:
+        """What the network itself gives: float32 ``[N, classes]``, or ``[views, N, classes]``."""
         pixels = (self._crop(images).flatten(2).float() - self.mean) * self.scale
         pixels = pixels.unflatten(2, (-1, 3)).permute(0, 3, 1, 2)
         views = 1
@@ -82,10 +91,8 @@ class ServedNetwork(nn.Module):
             else:
                 resized = self.rows[:, None, None] @ pixels @ self.columns[:, None, None].mT
                 pixels = resized.flatten(0, 1)
-        probabilities: Tensor = self.network(pixels).float().softmax(dim=1)
-        if views > 1:
-            probabilities = probabilities.unflatten(0, (views, -1)).mean(dim=0)
-        return probabilities
+        logits: Tensor = self.network(pixels).float()
+        return logits if views == 1 else logits.unflatten(0, (views, -1))
 
 
 @dataclass(frozen=True, slots=True)

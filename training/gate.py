@@ -14,16 +14,11 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from tinyserve.engine import (
-    CPU,
-    Engine,
-    cuda_problem,
-    default_threads,
-    device_name,
-    session_options,
-)
+from tinyserve.devices import CPU, cuda_problem, default_threads, device_name
+from tinyserve.engine import Engine
 from tinyserve.errors import GateError
 from tinyserve.modelfile import INPUT_NAME, OUTPUT_NAME, Evidence
+from tinyserve.onnxruntime_session import session_options
 from training import data
 from training.evaluate import ServedNetwork
 
@@ -52,7 +47,9 @@ class Bounds:
 BOUNDS = {
     "fp32": Bounds(agreement=1.0, max_difference=1e-4, golden_tolerance=1e-3),
     "fp16": Bounds(agreement=0.995, golden_tolerance=2e-2),
-    "int8": Bounds(accuracy_loss=0.005, faster=True, golden_tolerance=5e-2),
+    # Two runtimes that are both right differ by up to 0.09 on validation images: OpenVINO rounds
+    # less often between layers than ONNX Runtime, and is closer to single precision.
+    "int8": Bounds(accuracy_loss=0.005, faster=True, golden_tolerance=1e-1),
 }
 
 

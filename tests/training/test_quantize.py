@@ -9,7 +9,8 @@ import pytest
 import torch
 from onnx import numpy_helper
 
-from tinyserve.engine import CPU, session_options
+from tinyserve.devices import CPU
+from tinyserve.onnxruntime_session import session_options
 from training import export, quantize
 from training.evaluate import ServedNetwork
 from training.models import ARCHS

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from tinyserve.classifier import Classifier
 from tinyserve.demo.answers import device
 from tinyserve.demo.page import build_page, options
-from tinyserve.engine import DEVICES
+from tinyserve.devices import DEVICES
 from tinyserve.errors import TinyserveError, UsageError
 from tinyserve.modelfile import DEFAULT_MODEL
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from tinyserve import archives, images
 from tinyserve.classifier import Classifier, Prediction
 from tinyserve.dataset import Input, find_inputs
-from tinyserve.engine import device_name
+from tinyserve.devices import device_name
 from tinyserve.errors import DataError, ImageError, TinyserveError, UsageError
 from tinyserve.occlusion import Occlusion, occlude
 

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tinyserve.demo.render import count, problem, seen_words, share_bar
-from tinyserve.engine import device_name, read_card
+from tinyserve.devices import device_name
+from tinyserve.engine import read_card
 from tinyserve.errors import TinyserveError
 from tinyserve.modelfile import Evidence, ModelCard, Training, installed_models
 
