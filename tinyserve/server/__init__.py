@@ -59,9 +59,11 @@ def serve(settings: Settings) -> None:
     address is taken, or the extra is not installed.
     """
     try:
-        from tinyserve.server.run import Listener
+        from tinyserve.server import log, run
     except ModuleNotFoundError as error:
         raise UsageError(f"{error}; serving needs: pip install 'tinyserve[serve]'") from error
-    listener = Listener(settings)
+    log.configure(settings.log_format)
+    run.allow_many_connections()
+    listener = run.Listener(settings)
     print(*listener.lines(), sep="\n", flush=True)
     listener.run()

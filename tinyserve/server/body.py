@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
 
+from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect, Request
 
@@ -70,11 +71,12 @@ async def files_of(request: Request, body: bytes, most: int) -> list[tuple[str, 
     except (MultiPartException, KeyError) as error:
         words = error.message if isinstance(error, MultiPartException) else "no multipart body"
         raise RequestError(400, words) from error
-    files = []
-    for name, part in form.multi_items():
-        if isinstance(part, str):
-            raise RequestError(400, f"field {name!r} is no file")
-        files.append((part.filename or name, await part.read()))
+    try:
+        # A field that is no file has been refused: max_fields.
+        parts = [(name, part) for name, part in form.multi_items() if isinstance(part, UploadFile)]
+        files = [(part.filename or name, await part.read()) for name, part in parts]
+    finally:
+        await form.close()
     if not files:
         raise RequestError(400, "no file in the form")
     return files

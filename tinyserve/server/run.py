@@ -15,9 +15,10 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from tinyserve.engine import device_name
 from tinyserve.errors import UsageError
-from tinyserve.server import Limits, Settings, log
+from tinyserve.server import Limits, Settings
 from tinyserve.server.access import Access, read_keys
-from tinyserve.server.app import Service, build_app
+from tinyserve.server.app import build_app
+from tinyserve.server.service import Service
 
 logger = logging.getLogger("tinyserve")
 
@@ -31,9 +32,7 @@ class Listener:
     """
 
     def __init__(self, settings: Settings) -> None:
-        log.configure(settings.log_format)
         keys = read_keys(settings.api_key_file) if settings.api_key_file else []
-        _allow_many_connections()
         self._service = Service(settings)
         self._socket = _bind(settings.host, settings.port)
         self.host, self.port = self._socket.getsockname()[:2]
@@ -179,7 +178,7 @@ def _bind(host: str, port: int) -> socket.socket:
         raise UsageError(f"cannot listen on {host} port {port}: {error.strerror}") from error
 
 
-def _allow_many_connections() -> None:
+def allow_many_connections() -> None:
     """As many open files as this process may have, in place of the shell's careful default."""
     try:
         import resource
