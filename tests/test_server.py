@@ -229,7 +229,7 @@ def test_keys_open_everything_and_health_needs_none(goldfish, tmp_path):
         for key in ("first", "second"):
             headers = {"Authorization": f"Bearer {key}"}
             assert server.post("/classify", content=goldfish, headers=headers).status_code == 200
-        for value in ("", "first", "Bearer", "Bearer third", "Bearer ", "Basic first", "Bearer ü"):
+        for value in ("", "first", "Bearer", "Bearer third", "Basic first", "Bearer ü"):
             headers = {"Authorization": value.encode()}
             for path in ("/v2", "/metrics", "/docs", "/openapi.json", "/nothing"):
                 response = server.get(path, headers=headers)
@@ -315,7 +315,8 @@ def test_more_pictures_than_the_queue_ever_holds(strict, goldfish):
 
 
 def connect(server):
-    return socket.create_connection((server.host, server.port), timeout=SECONDS)
+    timeout = SECONDS / 3  # less than for what idle connections are kept
+    return socket.create_connection((server.host, server.port), timeout=timeout)
 
 
 HEAD = b"POST /classify HTTP/1.1\r\nHost: x\r\nContent-Length: 50000\r\n"
@@ -549,6 +550,7 @@ def test_a_file_replaced_ten_times_under_load_loses_no_request(model_file, goldf
         for name in ("baseline", "inception")
     }
     done = threading.Event()
+    queues = threads_of_batchers()
 
     def client(url):
         found = []
@@ -569,7 +571,7 @@ def test_a_file_replaced_ten_times_under_load_loses_no_request(model_file, goldf
             done.set()
         answers = [answer for load in loads for answer in load.result()]
         assert server.metric("tinyserve_reloads_total", result="taken") == 10
-        until(lambda: threads_of_batchers() == 1, "an old queue stays")
+        until(lambda: threads_of_batchers() == queues + 1, "an old queue stays")
     assert {status for status, _ in answers} == {200}
     assert {index for _, index in answers} == best
 

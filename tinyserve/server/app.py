@@ -152,7 +152,8 @@ def _add_errors(app: FastAPI) -> None:
         if isinstance(error, BusyError):
             return answer(503, str(error), {"Retry-After": str(error.retry_after)})
         if isinstance(error, RequestError):
-            return answer(error.status, str(error))
+            close = {"Connection": "close"} if error.status == 408 else None
+            return answer(error.status, str(error), close)
         return answer(422 if isinstance(error, ImageError) else 500, str(error))
 
     @app.exception_handler(HTTPException)

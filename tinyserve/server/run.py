@@ -129,7 +129,7 @@ def _protocol(limits: Limits) -> type[HttpToolsProtocol]:
 
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
-            self._timer = self.loop.call_later(limits.head_seconds, transport.abort)
+            self._start_timer()
 
         def connection_lost(self, exc: Exception | None) -> None:
             self._stop_timer()
@@ -139,8 +139,8 @@ def _protocol(limits: Limits) -> type[HttpToolsProtocol]:
             super().data_received(data)
             if self.cycle is not None and not self.cycle.response_complete:
                 self._stop_timer()
-            elif self._timer is None and not self.transport.is_closing():
-                self._timer = self.loop.call_later(limits.head_seconds, self.transport.abort)
+            else:
+                self._start_timer()
             self._head_bytes = self._head_bytes + len(data) if self._in_head else 0
             if self._head_bytes > limits.head_bytes:
                 self.transport.abort()
@@ -155,12 +155,18 @@ def _protocol(limits: Limits) -> type[HttpToolsProtocol]:
 
         def on_response_complete(self) -> None:
             super().on_response_complete()
+            if self._in_head:  # what came of the next request is all so far
+                self._start_timer()
             if self.transport.get_write_buffer_size():
                 self.loop.call_later(limits.answer_seconds, self._abort_if_unread)
 
         def _abort_if_unread(self) -> None:
             if self.transport.get_write_buffer_size():
                 self.transport.abort()
+
+        def _start_timer(self) -> None:
+            if self._timer is None and not self.transport.is_closing():
+                self._timer = self.loop.call_later(limits.head_seconds, self.transport.abort)
 
         def _stop_timer(self) -> None:
             if self._timer is not None:
