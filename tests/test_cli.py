@@ -274,7 +274,7 @@ def test_compare_goes_on_past_a_broken_image_and_says_so(samples, tmp_path):
     assert "1 images cannot be read" in run.stderr
 
 
-COMMANDS = ("classify", "models", "info", "labels", "verify", "compare", "adopt", "triton")
+COMMANDS = ("classify", "models", "info", "labels", "verify", "compare", "adopt", "triton", "serve")
 
 
 @pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)])

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tinyserve.errors import RequestError
 from tinyserve.modelfile import INPUT_NAME, OUTPUT_NAME, Label, ModelCard
@@ -32,7 +32,13 @@ Pixels = NDArray[np.uint8]
 Headers = dict[str, str]
 
 
-class InputTensor(BaseModel):
+class Document(BaseModel):
+    """What clients send: of the very types that are asked for, none is converted."""
+
+    model_config = ConfigDict(strict=True)
+
+
+class InputTensor(Document):
     name: str = Field(examples=[INPUT_NAME, FILES_NAME])
     datatype: str = Field(examples=["UINT8", "BYTES"])
     shape: list[int] = Field(examples=[[1]])
@@ -44,7 +50,7 @@ class InputTensor(BaseModel):
     )
 
 
-class OutputWanted(BaseModel):
+class OutputWanted(Document):
     name: str = Field(examples=[OUTPUT_NAME])
     parameters: dict[str, Any] = Field(
         default_factory=dict,
@@ -52,13 +58,13 @@ class OutputWanted(BaseModel):
     )
 
 
-class InferDocument(BaseModel):
+class InferDocument(Document):
     id: str | None = None
     parameters: dict[str, Any] = Field(
         default_factory=dict, description="binary_data_output: binary_data of all outputs"
     )
-    inputs: list[InputTensor]
-    outputs: list[OutputWanted] = Field(default_factory=list)
+    inputs: list[InputTensor] = Field(min_length=1, max_length=1)
+    outputs: list[OutputWanted] = Field(default_factory=list, max_length=1)
 
 
 class OutputTensor(BaseModel):
@@ -109,8 +115,6 @@ def parse(body: bytes, length: int) -> InferRequest:
         first = error.errors(include_url=False, include_input=False)[0]
         place = ".".join(map(str, first["loc"]))
         raise _bad(f"{place}: {first['msg']}" if place else first["msg"]) from error
-    if len(document.inputs) != 1:
-        raise _bad(f"one input is needed, {INPUT_NAME} or {FILES_NAME}")
     (tensor,) = document.inputs
     binary = _binary(tensor, memoryview(body)[length:])
     if tensor.name == INPUT_NAME:
@@ -258,8 +262,6 @@ def _wanted(document: InferDocument) -> tuple[int, bool]:
     """How many classes, 0 for all probabilities, and whether in binary."""
     binary: Any = document.parameters.get("binary_data_output", False)
     classes: Any = 0
-    if len(document.outputs) > 1:
-        raise _bad(f"there is one output, {OUTPUT_NAME}")
     for output in document.outputs:
         if output.name != OUTPUT_NAME:
             raise _bad(f"unknown output {output.name!r} (known: {OUTPUT_NAME})")

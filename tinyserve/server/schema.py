@@ -9,7 +9,7 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from tinyserve.classifier import Prediction
-from tinyserve.server.protocol import InferAnswer, InferDocument
+from tinyserve.server.protocol import Document, InferAnswer, InferDocument
 
 _REFERENCE = "#/components/schemas/{model}"
 _FILE = {"type": "string", "format": "binary"}
@@ -56,7 +56,7 @@ class Metadata(BaseModel):
     parameters: dict[str, str]
 
 
-class IndexQuery(BaseModel):
+class IndexQuery(Document):
     ready: bool = False
 
 
