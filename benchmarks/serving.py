@@ -24,7 +24,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -208,8 +208,11 @@ def one_alone(classifier: Classifier, pixels: np.ndarray, seconds: float) -> flo
 
 
 def wait_until_ready(port: int, requests: list[bytes]) -> None:
-    while not measure(port, requests, 1, 0.5).latencies:
-        pass
+    answered = False
+    while not answered:
+        with suppress(ConnectionError):  # it does not listen yet
+            answered = bool(measure(port, requests, 1, 0.5).latencies)
+        time.sleep(0.1)
 
 
 def compare(model: str, files: list[bytes], arguments: argparse.Namespace) -> None:
