@@ -9,7 +9,8 @@
 
 Every connection sends its next request when it has its answer. The server runs in a process of its
 own, the clients in this one, and the model alone, in full batches from memory, in turns with both:
-only ratios of one run mean something, since all of them share the cores.
+only ratios of one run mean something, since all of them share the cores. Where others use the
+cores, too, look at CPU time: what the model alone needs for an image, over what the server needs.
 """
 
 import argparse
@@ -18,6 +19,7 @@ import json
 import os
 import re
 import resource
+import signal
 import statistics
 import subprocess
 import sys
@@ -162,6 +164,7 @@ def server(command: list[str], ready: str) -> Iterator[tuple[int, int]]:
         stderr=subprocess.DEVNULL,
         text=True,
         env={**os.environ, "PYTHONPATH": path},
+        start_new_session=True,
     ) as process:
         assert process.stdout is not None
         try:
@@ -171,6 +174,10 @@ def server(command: list[str], ready: str) -> Iterator[tuple[int, int]]:
             yield process.pid, int(line.rstrip().rpartition(":")[2])
         finally:
             process.terminate()
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(10)
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # LitServe leaves processes behind
 
 
 def tinyserve(model: str, device: str, queue: int = QUEUE) -> list[str]:
@@ -179,7 +186,8 @@ def tinyserve(model: str, device: str, queue: int = QUEUE) -> list[str]:
 
 
 def resources(pid: int) -> tuple[float, int, int]:
-    """Resident MiB, open files and threads of a process."""
+    """Resident MiB, open files and threads of a process that has had time to close them."""
+    time.sleep(1)
     status = Path(f"/proc/{pid}/status").read_text()
     resident, threads = (
         int(re.search(rf"{name}:\s+(\d+)", status)[1])  # type: ignore[index]
@@ -188,13 +196,21 @@ def resources(pid: int) -> tuple[float, int, int]:
     return resident / 1024, len(os.listdir(f"/proc/{pid}/fd")), threads
 
 
-def alone(classifier: Classifier, pixels: np.ndarray, seconds: float) -> float:
-    """Images a second of the model in batches from memory."""
-    began, count = time.perf_counter(), 0
+def cpu_seconds(pid: int) -> float:
+    """Of a process and its children, so far."""
+    numbers = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    seconds = (int(numbers[11]) + int(numbers[12])) / os.sysconf("SC_CLK_TCK")
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return seconds + sum(cpu_seconds(int(child)) for child in children)
+
+
+def alone(classifier: Classifier, pixels: np.ndarray, seconds: float) -> tuple[float, float]:
+    """Images a second of the model in batches from memory, and the CPU seconds of each."""
+    began, cpu, count = time.perf_counter(), time.process_time(), 0
     while time.perf_counter() - began < seconds:
         classifier.engine.run(pixels)
         count += len(pixels)
-    return count / (time.perf_counter() - began)
+    return count / (time.perf_counter() - began), (time.process_time() - cpu) / count
 
 
 def one_alone(classifier: Classifier, pixels: np.ndarray, seconds: float) -> float:
@@ -226,10 +242,13 @@ def compare(model: str, files: list[bytes], arguments: argparse.Namespace) -> No
         measure(port, requests, max(arguments.connections), 1)  # buffers grow once
         before = resources(pid)
         for connections in arguments.connections:
-            shares, loads, bare = [], [], []
+            shares, cpu_shares, loads, bare = [], [], [], []
             for _ in range(arguments.rounds):
-                limit = alone(classifier, pixels, arguments.seconds)
+                limit, cpu = alone(classifier, pixels, arguments.seconds)
+                used = cpu_seconds(pid)
                 load = measure(port, requests, connections, arguments.seconds)
+                used = (cpu_seconds(pid) - used) / load.statuses[200]
+                cpu_shares.append(cpu / used)
                 if connections == 1:
                     bare.append(one_alone(classifier, pixels, arguments.seconds))
                 shares.append(load.per_second / limit)
@@ -240,7 +259,8 @@ def compare(model: str, files: list[bytes], arguments: argparse.Namespace) -> No
             )
             statuses = sum((load.statuses for load in loads), Counter())
             print(
-                f"{connections:5} connections: {statistics.median(shares):.2f} of the model alone; "
+                f"{connections:5} connections: {statistics.median(shares):.2f} of the model alone, "
+                f"{statistics.median(cpu_shares):.2f} by CPU time; "
                 f"p50 {p50:.1f} ms, p99 {p99:.1f} ms{added}; {dict(statuses)}"
             )
         print("{:+.1f} MiB, {:+} files, {:+} threads".format(*np.subtract(resources(pid), before)))
@@ -253,24 +273,26 @@ def against_litserve(model: str, files: list[bytes], arguments: argparse.Namespa
     theirs = form_requests(files)
     peer = [arguments.litserve, str(ROOT / "benchmarks" / "litserve_peer.py"), str(path)]
     with (
-        server(tinyserve(model, arguments.device), r"^http://") as (_, our_port),
-        server([*peer, "--device", arguments.device], r"^listening on") as (_, their_port),
+        server(tinyserve(model, arguments.device), r"^http://") as (our_pid, our_port),
+        server([*peer, "--device", arguments.device], r"^listening on") as (their_pid, their_port),
     ):
+        pids = our_pid, their_pid
         wait_until_ready(our_port, ours)
         wait_until_ready(their_port, theirs)
         for connections in arguments.connections:
-            pairs = [
-                (
-                    measure(our_port, ours, connections, arguments.seconds),
-                    measure(their_port, theirs, connections, arguments.seconds),
-                )
-                for _ in range(arguments.rounds)
-            ]
+            pairs, cheaper = [], []
+            for _ in range(arguments.rounds):
+                used = [-cpu_seconds(pid) for pid in pids]
+                a = measure(our_port, ours, connections, arguments.seconds)
+                b = measure(their_port, theirs, connections, arguments.seconds)
+                pairs.append((a, b))
+                used = [u + cpu_seconds(pid) for u, pid in zip(used, pids, strict=True)]
+                cheaper.append(used[0] / a.statuses[200] / used[1] * b.statuses[200])
             faster = statistics.median(a.per_second / b.per_second for a, b in pairs)
             later = statistics.median(a.milliseconds(0.99) / b.milliseconds(0.99) for a, b in pairs)
             print(
                 f"{connections:5} connections: {faster:.2f} times LitServe's throughput, "
-                f"{later:.2f} times its p99"
+                f"{later:.2f} times its p99, {statistics.median(cheaper):.2f} times its CPU time"
             )
 
 

@@ -7,6 +7,8 @@ import http.client
 import json
 import shutil
 import socket
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -517,7 +519,7 @@ def architecture(server):
     return server.get("/v2/models/net").json()["parameters"]["architecture"]
 
 
-def test_a_new_file_takes_over_and_a_bad_one_does_not(model_file, goldfish):
+def test_a_new_file_takes_over_and_a_bad_one_does_not(model_file, goldfish, caplog):
     good = find_model("baseline").read_bytes()
     expected = Classifier("baseline", device="cpu").classify(goldfish)[0]
     with running(str(model_file)) as server:
@@ -536,6 +538,7 @@ def test_a_new_file_takes_over_and_a_bad_one_does_not(model_file, goldfish):
             until(lambda n=number: server.metric("tinyserve_reloads_total", result="refused") == n)
             assert architecture(server) == "baseline"
             assert server.post("/classify", content=goldfish).status_code == 200
+        assert caplog.text.count("the new file is refused") == 3
         model_file.unlink()
         replace(model_file, find_model("inception").read_bytes())
         until(lambda: architecture(server) == "inception")
@@ -595,3 +598,11 @@ def test_leaving_is_said_and_what_came_is_answered(gate, goldfish):
         assert response.status == 200
         assert json.loads(response.read())["predictions"]
         assert response.headers["connection"] == "close"
+
+
+def test_without_the_extra_it_says_what_to_install():
+    code = "import sys; sys.modules['uvicorn'] = None; from tinyserve.cli import main; "
+    command = [sys.executable, "-c", code + "sys.exit(main(['serve']))"]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
+    assert run.returncode == 2
+    assert "pip install 'tinyserve[serve]'" in run.stderr

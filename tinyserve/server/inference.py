@@ -35,8 +35,8 @@ def add_infer(app: FastAPI, service: Service) -> None:
 
     @app.post("/v2/models/{model}/infer", summary="Probabilities of images", **route)
     async def infer(request: Request, model: str) -> Response:
-        service.models.check(model)
         _content_type(request, _DOCUMENT_TYPES)
+        service.check_room(model)
         async with service.bodies.read(request) as body, while_connected(request):
             wanted = await parse(body, request.headers.get(protocol.JSON_LENGTH_HEADER))
             name, live = service.models.get(model)
@@ -100,6 +100,7 @@ def add_classify(app: FastAPI, service: Service) -> None:
         model: Annotated[str | None, Query(description="The first one by default")] = None,
     ) -> Response:
         kind = _content_type(request, (*_PICTURE_TYPES, "image/", "multipart/form-data"))
+        service.check_room(model)
         async with service.bodies.read(request) as body, while_connected(request):
             if kind == "multipart/form-data":
                 files = await files_of(request, body, service.settings.max_queue)

@@ -48,6 +48,11 @@ class Service:
         with self.metrics.stage("decode"):
             return await asyncio.gather(*(self.off_loop(_load, file, size) for file in files))
 
+    def check_room(self, model: str | None) -> None:
+        """Raise what asking a model for one image now would raise, before its body is read."""
+        with self.models.get(model)[1].batcher.place(1):
+            pass
+
     def check_count(self, count: int) -> None:
         """Raise :class:`RequestError` for more images than the queue ever holds; status 413."""
         most = self.settings.max_queue
