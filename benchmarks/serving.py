@@ -68,7 +68,7 @@ class Connection(asyncio.Protocol):
         head, found, body = self.received.partition(b"\r\n\r\n")
         if not found:
             return
-        length = re.search(rb"content-length: (\d+)", head, re.IGNORECASE)
+        length = re.search(rb"\r\ncontent-length: (\d+)", head, re.IGNORECASE)
         if length is None or len(body) < int(length[1]):
             return
         self.received = b""

@@ -355,6 +355,21 @@ def test_endless_headers_close_the_connection(strict):
             connection.sendall(bytes(b"x" * 65_536))
 
 
+def test_a_client_that_reads_no_answers_is_let_go(strict):
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.connect((strict.host, strict.port))
+        connection.sendall(b"GET /openapi.json HTTP/1.1\r\nHost: x\r\n\r\n" * 1000)
+        mine = connection.getsockname()
+        until(lambda: mine in clients_of(strict), "it was not even taken")
+        until(lambda: mine not in clients_of(strict), "the connection stays open")
+
+
+def clients_of(server):
+    connections = server.listener._server.server_state.connections
+    return {connection.client for connection in list(connections)}
+
+
 def test_all_bodies_together_are_bounded(strict):
     with connect(strict) as first, connect(strict) as second:
         for connection in (first, second):
@@ -381,15 +396,11 @@ def test_a_hundred_clients_each_that_stall_break_off_and_send_garbage(strict, go
     for connection in stalling:
         rest_of(connection)
         connection.close()
-    until(lambda: len(connections_of(strict)) <= 1, "connections stay open")
+    until(lambda: len(clients_of(strict)) <= 1, "connections stay open")
     assert strict.metric("tinyserve_requests_total", status="500") == 0
     assert strict.metric("tinyserve_queue_images") == 0
     after = {thread.name for thread in threading.enumerate()}
     assert {name for name in after - before if not name.startswith("decode")} == set()
-
-
-def connections_of(server):
-    return server.listener._server.server_state.connections
 
 
 class Gate:

@@ -191,9 +191,7 @@ def test_curl(server, goldfish, expected):
 
 def test_the_clients_of_the_readme(server):
     clients = [block for block in BLOCKS if "localhost:8000" in block and "gradio" not in block]
-    assert {"tritonclient", "requests"} <= set(
-        re.findall(r"^import (\w+)", "\n".join(clients), re.M)
-    )
+    assert all(any(name in client for client in clients) for name in ("requests", "triton"))
     for client in clients:
         code = client.replace("localhost:8000", server.address)
         run = subprocess.run(
