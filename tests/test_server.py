@@ -134,6 +134,7 @@ def test_what_the_server_says_of_itself_and_its_models(server):
 
 
 JSON = {"Content-Type": "application/json"}
+FIELD = b'--x\r\nContent-Disposition: form-data; name="image"\r\n\r\ncat.jpg\r\n--x--\r\n'
 REFUSED = [
     (404, "GET", "/nothing", b"", {}),
     (404, "GET", "/v2/models/vgg", b"", {}),
@@ -150,6 +151,7 @@ REFUSED = [
     (400, "POST", "/classify?k=many", b"x", {}),
     (400, "POST", "/classify", b"no form", {"Content-Type": "multipart/form-data; boundary=x"}),
     (400, "POST", "/classify", b"no form", {"Content-Type": "multipart/form-data"}),
+    (400, "POST", "/classify", FIELD, {"Content-Type": "multipart/form-data; boundary=x"}),
     (400, "POST", "/v2/repository/index", b"[]", JSON),
     (415, "POST", "/classify", b"{}", JSON),
     (415, "POST", INFER, b"x", {"Content-Type": "image/jpeg"}),
@@ -312,7 +314,7 @@ def test_json_that_is_too_long(strict):
 
 def test_more_pictures_than_the_queue_ever_holds(strict, goldfish):
     assert strict.post("/classify", files=[("f", goldfish)] * 8).status_code == 200
-    assert strict.post("/classify", files=[("f", goldfish)] * 9).status_code == 400
+    assert strict.post("/classify", files=[("f", goldfish)] * 9).status_code == 413
     assert strict.post(INFER, json=files_document(*[b"x"] * 9)).status_code == 413
 
 

@@ -344,3 +344,18 @@ def test_sigterm_under_load_loses_no_request(goldfish, tmp_path):
         assert server.process.wait(SECONDS) == 0
     assert lost == []
     assert server.log.read_text().count("path=/classify") == sum(answered)
+
+
+@pytest.mark.slow
+def test_the_benchmark_prints_ratios():
+    script = [sys.executable, ROOT / "benchmarks" / "serving.py", "inception", "--seconds", "0.3"]
+    for arguments, words in [
+        (["--connections", "1,4", "--rounds", "1"], "of the model alone"),
+        (["--overload", "20", "--pixels"], "queue / throughput"),
+    ]:
+        run = subprocess.run(
+            [*script, *arguments], capture_output=True, text=True, env=ENVIRONMENT, timeout=120
+        )
+        assert run.returncode == 0, run.stderr
+        assert words in run.stdout
+        assert "lost" not in run.stdout

@@ -13,7 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tinyserve.errors import UsageError
 from tinyserve.server import log
-from tinyserve.server.metrics import Metrics
+from tinyserve.server.service import Service
 
 HEALTH = frozenset({"/v2/health/live", "/v2/health/ready"})
 
@@ -23,12 +23,10 @@ _SANE_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 class Access:
     """The ASGI application ``app``, for those who have a key where there are ``keys``."""
 
-    leaving = False
-    """Whether connections are closed after their next answer."""
-
-    def __init__(self, app: ASGIApp, metrics: Metrics, keys: Sequence[bytes] = ()) -> None:
+    def __init__(self, app: ASGIApp, service: Service, keys: Sequence[bytes] = ()) -> None:
         self._app = app
-        self._metrics = metrics
+        self._service = service
+        self._metrics = service.metrics
         self._keys = keys
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -46,7 +44,7 @@ class Access:
                 status = message["status"]
                 answer = MutableHeaders(scope=message)
                 answer["X-Request-Id"] = request_id
-                if self.leaving:
+                if self._service.leaving:
                     answer["Connection"] = "close"
             await send(message)
 

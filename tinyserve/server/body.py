@@ -44,7 +44,9 @@ class Bodies:
                         self._check(length)
             except TimeoutError as error:
                 raise RequestError(408, "the body comes too slowly") from error
-            yield b"".join(chunks)
+            body = b"".join(chunks)
+            chunks.clear()
+            yield body
         finally:
             self._held -= length
 
@@ -59,7 +61,10 @@ class Bodies:
 
 
 async def files_of(request: Request, body: bytes, most: int) -> list[tuple[str, bytes]]:
-    """The files in a body of multipart/form-data, with their names; 400 where it is none."""
+    """The files in a body of multipart/form-data, with their names.
+
+    Raises :class:`RequestError`: 400 for other bodies and forms, 413 for more than ``most`` files.
+    """
 
     async def chunks() -> AsyncGenerator[bytes, None]:
         yield body
@@ -68,11 +73,14 @@ async def files_of(request: Request, body: bytes, most: int) -> list[tuple[str, 
     parser.spool_max_size = len(body) + 1  # in memory, where the body is already
     try:
         form = await parser.parse()
-    except (MultiPartException, KeyError) as error:
-        words = error.message if isinstance(error, MultiPartException) else "no multipart body"
-        raise RequestError(400, words) from error
+    except MultiPartException as error:
+        if error.message.startswith("Too many fields"):
+            words = "a part of the form is no file (with curl: -F file=@cat.jpg)"
+            raise RequestError(400, words) from error
+        status = 413 if error.message.startswith("Too many files") else 400
+        raise RequestError(status, error.message) from error
     try:
-        # A field that is no file has been refused: max_fields.
+        # Nothing else is in it, but the types do not say so.
         parts = [(name, part) for name, part in form.multi_items() if isinstance(part, UploadFile)]
         files = [(part.filename or name, await part.read()) for name, part in parts]
     finally:

@@ -12,7 +12,7 @@ import numpy as np
 from tinyserve.batcher import Batcher
 from tinyserve.classifier import Classifier
 from tinyserve.engine import device_name
-from tinyserve.errors import RequestError, UsageError
+from tinyserve.errors import BusyError, RequestError, UsageError
 from tinyserve.server import Settings
 from tinyserve.server.metrics import Metrics, fingerprint
 from tinyserve.server.protocol import VERSION
@@ -73,15 +73,17 @@ class Models:
             raise RequestError(404, f"unknown version {version!r} of {name} (known: {VERSION})")
 
     def get(self, name: str | None = None) -> tuple[str, Model]:
-        """A model with its name, the default one without; status 404 where there is none, and 503
-        before the start.
+        """A model with its name, the default one without.
+
+        Raises :class:`RequestError`, status 404, where there is none, and :class:`BusyError` before
+        the start.
 
         The model can be replaced in any ``await``, unless a place in its queue is taken before.
         """
         name = self.names[0] if name is None else name
         self.check(name)
         if name not in self._running:
-            raise RequestError(503, "not ready yet")
+            raise BusyError("not ready yet", retry_after=1)
         return name, self._running[name]
 
     def describe(self, name: str) -> dict[str, Any]:

@@ -42,7 +42,7 @@ class Listener:
                 self.port,
             )
         app = build_app(self._service, with_keys=bool(keys))
-        self._server = _Server(self._service, Access(app, self._service.metrics, keys))
+        self._server = _Server(self._service, Access(app, self._service, keys))
 
     def lines(self) -> Iterator[str]:
         """The address, and what runs on which device."""
@@ -67,7 +67,6 @@ class _Server(uvicorn.Server):
 
     def __init__(self, service: Service, access: Access) -> None:
         self._service = service
-        self._access = access
         self._limits = limits = service.settings.limits
         self._leave_at = float("inf")
         self._work: asyncio.Task[None] | None = None
@@ -86,8 +85,7 @@ class _Server(uvicorn.Server):
         super().__init__(config)
 
     def leave(self) -> None:
-        self._service.ready = False
-        self._access.leaving = True
+        self._service.leaving = True
         self._leave_at = min(self._leave_at, time.monotonic() + self._limits.leave_seconds)
 
     def check(self) -> None:
@@ -113,7 +111,7 @@ class _Server(uvicorn.Server):
         return await super().on_tick(counter)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        self._service.ready = False
+        self._service.leaving = True
         assert self._work is not None
         self._work.cancel()
         await super().shutdown(sockets)

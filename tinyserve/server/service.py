@@ -20,7 +20,9 @@ T = TypeVar("T")
 class Service:
     """One server's, without its routes. Loads the models, and raises what that raises."""
 
-    ready = False
+    leaving = False
+    """Whether connections are closed after their next answer, for the server will end."""
+    _warm = False
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
@@ -29,10 +31,14 @@ class Service:
         self.bodies = Bodies(settings.limits)
         self._pool = ThreadPoolExecutor(default_threads(), thread_name_prefix="decode")
 
+    @property
+    def ready(self) -> bool:
+        return self._warm and not self.leaving
+
     async def work(self) -> None:
         """Warm up, be ready, and look for new model files until cancelled."""
         await self.models.start()
-        self.ready = True
+        self._warm = True
         await self.models.watch()
 
     async def stop(self) -> None:
