@@ -523,8 +523,8 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser(
         "serve",
         help="serve models over HTTP",
-        description="Serve models over HTTP: the Open Inference Protocol V2 (/v2), pictures of "
-        "people (/classify), Prometheus (/metrics); /docs lists it all. A model file that is "
+        description="Serve models over HTTP: the Open Inference Protocol V2 under /v2, /classify "
+        "for files as they are, /metrics for Prometheus; /docs lists it all. A model file that is "
         "replaced takes over without a restart.",
     )
     command.set_defaults(command=serve)

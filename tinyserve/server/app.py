@@ -60,9 +60,10 @@ def build_app(service: Service, *, with_keys: bool = False) -> FastAPI:
 
 
 def version() -> str:
+    """Of tinyserve; "0" where it runs from a checkout that is not installed."""
     try:
         return metadata.version("tinyserve")
-    except metadata.PackageNotFoundError:  # run from a checkout
+    except metadata.PackageNotFoundError:
         return "0"
 
 
