@@ -48,7 +48,12 @@ ROOT = Path(__file__).resolve().parent.parent
 PEERS = ROOT / "benchmarks" / "peers"
 SAMPLES = ROOT / "samples"
 # As the installed program starts.
-TINYSERVE = [sys.executable, "-c", "import sys; from tinyserve.cli import main; sys.exit(main())"]
+TINYSERVE = [
+    sys.executable,
+    "-P",
+    "-c",
+    "import sys; from tinyserve.cli import main; sys.exit(main())",
+]
 PARTS = ("files", "photos", "cold", "memory")
 DEFAULT_BATCH_SIZE = 32  # of `tinyserve classify`
 
@@ -102,13 +107,16 @@ def process(command: Sequence[object], cache: Path) -> tuple[str, float, float]:
     environment |= {"HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
     with tempfile.TemporaryFile("w+") as errors:
         began = time.perf_counter()
-        child = subprocess.Popen(
-            [str(part) for part in command],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            text=True,
-        )
+        try:
+            child = subprocess.Popen(
+                [str(part) for part in command],
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+            )
+        except OSError as error:
+            raise DoesNotRunError(str(error)) from error
         assert child.stdout is not None
         with child.stdout:
             output = child.stdout.read()
