@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from tinyserve import Classifier, Prediction, TinyserveError
 from tinyserve.dataset import walk_images
-from tinyserve.engine import DEVICES, Engine, device_name
+from tinyserve.devices import DEVICES, device_name
+from tinyserve.engine import Engine
 from tinyserve.errors import ImageError, UsageError
 from tinyserve.modelfile import DEFAULT_MODEL, model_names
 

@@ -48,12 +48,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PEERS = ROOT / "benchmarks" / "peers"
 SAMPLES = ROOT / "samples"
 # As the installed program starts.
-TINYSERVE = [
-    sys.executable,
-    "-P",
-    "-c",
-    "import sys; from tinyserve.cli import main; sys.exit(main())",
-]
+START = "import sys; from tinyserve.cli import main; sys.exit(main())"
+TINYSERVE = [sys.executable, "-P", "-c", START]
 PARTS = ("files", "photos", "cold", "memory")
 DEFAULT_BATCH_SIZE = 32  # of `tinyserve classify`
 

@@ -3,6 +3,7 @@
 import os
 import shutil
 import struct
+import subprocess
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -53,6 +54,27 @@ def png_of_size() -> Callable[[int, int], bytes]:
         pixels = zlib.compress(bytes(10_000))
         chunks = chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
         return b"\x89PNG\r\n\x1a\n" + chunks
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def nvidia_driver(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Makes an NVIDIA driver that says whatever it is told to, and does nothing; the folder."""
+    compiler = shutil.which("cc")
+    if compiler is None:
+        pytest.skip("no C compiler to make a driver with")
+
+    def make(init: int, gpus: int) -> Path:
+        folder = tmp_path_factory.mktemp("driver")
+        source = folder / "driver.c"
+        source.write_text(
+            f"int cuInit(unsigned flags) {{ return {init}; }}\n"
+            f"int cuDeviceGetCount(int *count) {{ *count = {gpus}; return 0; }}\n"
+        )
+        library = folder / "libcuda.so.1"
+        subprocess.run([compiler, "-shared", "-fPIC", "-o", library, source], check=True)
+        return folder
 
     return make
 

@@ -64,7 +64,8 @@ def test_summary_agrees_with_the_rows(samples, tmp_path):
     summary = json.loads((tmp_path / "s.json").read_text())
     assert list(summary) == [
         "model", "precision", "provider", "inputs", "kept", "ok", "failed", "labelled",
-        "top1", "top1_ci95", "top5", "seconds", "images_per_second",
+        "top1", "top1_ci95", "top5", "top5_ci95", "seconds", "images_per_second", "unknown",
+        "min_confidence", "coverage", "decided_labelled", "decided_top1", "decided_top1_ci95",
     ]  # fmt: skip
     top5 = [row["label"] in [p["wnid"] for p in row["predictions"]] for row in rows]
     assert summary["inputs"] == summary["ok"] == summary["labelled"] == 40

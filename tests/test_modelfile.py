@@ -8,11 +8,14 @@ import pytest
 from tinyserve.errors import GateError, ModelFileError
 from tinyserve.modelfile import (
     METADATA_KEY,
+    Calibration,
     Evidence,
     Golden,
     Label,
     ModelCard,
+    OperatingPoint,
     Training,
+    _digest,
     check_graph,
     find_model,
     installed_models,
@@ -60,6 +63,15 @@ CARD = ModelCard(
     ),
     golden=Golden.of(IMAGES, PROBABILITIES, tolerance=1e-3),
 )
+CALIBRATION = Calibration(
+    temperature=1.5,
+    source="tiny-imagenet-200, held out of training",
+    fitted_images=500,
+    images=500,
+    ece_before=0.1,
+    ece=0.02,
+    points=(OperatingPoint(threshold=0.5, decided=200, correct=150),),
+)
 FINE_TUNED = dataclasses.replace(
     CARD, training=dataclasses.replace(CARD.training, epochs=5, initial=CARD.training)
 )
@@ -67,11 +79,23 @@ FINE_TUNED = dataclasses.replace(
 
 @pytest.mark.parametrize(
     "card",
-    [CARD, FINE_TUNED, dataclasses.replace(CARD, training=None, evidence=(), golden=None)],
-    ids=["full", "fine-tuned", "bare"],
+    [
+        CARD,
+        FINE_TUNED,
+        dataclasses.replace(CARD, calibration=CALIBRATION),
+        dataclasses.replace(CARD, training=None, evidence=(), golden=None),
+    ],
+    ids=["full", "fine-tuned", "calibrated", "bare"],
 )
 def test_a_card_survives_its_document(card):
     assert ModelCard.from_json(card.to_json()) == card
+
+
+def test_a_card_from_before_there_was_calibration_is_read():
+    fields = json.loads(CARD.to_json())
+    del fields["calibration"], fields["card_sha256"]
+    document = json.dumps({**fields, "card_sha256": _digest(fields)})
+    assert ModelCard.from_json(document) == CARD
 
 
 def changed(**fields) -> str:

@@ -19,7 +19,10 @@ def test_public_names():
 def test_every_module_imports_without_torch_training_and_gradio():
     modules = [f"tinyserve.{module.name}" for module in pkgutil.iter_modules(tinyserve.__path__)]
     assert "tinyserve.cli" in modules
-    forbidden = ["torch", "torchvision", "training", "gradio", "onnx", "matplotlib", "fastapi"]
+    forbidden = [
+        *("torch", "torchvision", "training", "onnx", "matplotlib"),
+        *("gradio", "fastapi", "openvino"),
+    ]
     code = (
         "import sys, importlib\n"
         f"for name in {forbidden}: sys.modules[name] = None  # importing it raises ImportError\n"
@@ -33,4 +36,4 @@ def test_importing_tinyserve_brings_neither_torch_nor_gradio():
     result = run("import sys, tinyserve; print(*sys.modules)")
     names = result.stdout.split()
     assert "onnxruntime" in names
-    assert not {"torch", "gradio", "onnx", "training"} & set(names)
+    assert not {"torch", "gradio", "onnx", "openvino", "training"} & set(names)

@@ -8,6 +8,12 @@
         print(f"{prediction.name}: {prediction.probability:.1%}")
 """
 
+import os
+
+# Before ONNX Runtime is imported, which otherwise reports every session to its makers and leaves an
+# identifier of the machine in the home directory.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+
 from tinyserve.classifier import Classifier, Prediction, Result
 from tinyserve.errors import TinyserveError
 

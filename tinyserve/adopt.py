@@ -13,7 +13,8 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from tinyserve.engine import CPU, Engine
+from tinyserve.devices import CPU
+from tinyserve.engine import Engine
 from tinyserve.errors import GateError, ModelFileError, UsageError
 from tinyserve.modelfile import (
     INPUT_NAME,

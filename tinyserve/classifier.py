@@ -1,5 +1,6 @@
 """The one predictor: images in, predictions out. Everything that serves goes through it."""
 
+import dataclasses
 import os
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
@@ -11,7 +12,8 @@ from numpy.typing import NDArray
 
 from tinyserve import images
 from tinyserve.dataset import Input
-from tinyserve.engine import Engine, preferred_precisions
+from tinyserve.devices import preferred_precisions
+from tinyserve.engine import Engine
 from tinyserve.errors import ImageError, UsageError
 from tinyserve.modelfile import DEFAULT_MODEL, PRECISIONS, Label, ModelCard, find_model
 
@@ -45,6 +47,8 @@ class Result:
     """The class that the input is known to show, if that is a class of the model."""
     rank: int | None
     """How many classes were thought likelier than the label; None without label or predictions."""
+    unknown: bool = False
+    """Whether the first prediction is not likely enough to be an answer."""
 
     @property
     def path(self) -> str:
@@ -55,6 +59,18 @@ class Result:
     def correct(self) -> bool | None:
         """Whether the first prediction is the label; a failed input is not. None without label."""
         return None if self.label is None else self.rank == 0
+
+    @property
+    def status(self) -> str:
+        """``ok``, ``unknown`` or ``error``: exactly one of them."""
+        return "error" if self.error is not None else "unknown" if self.unknown else "ok"
+
+    def at_least(self, confidence: float | None) -> "Result":
+        """The same, ``unknown`` if its first prediction is less likely than ``confidence``."""
+        if confidence is None or not self.predictions:
+            return self
+        below = self.predictions[0].probability < confidence
+        return dataclasses.replace(self, unknown=True) if below else self
 
 
 class Classifier:

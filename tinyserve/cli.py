@@ -20,14 +20,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tinyserve.classifier import Classifier
+from tinyserve.confidence import in_words, operating_point
 from tinyserve.dataset import find_inputs
-from tinyserve.engine import (
-    DEVICES,
-    default_threads,
-    device_name,
-    preferred_precisions,
-    read_card,
-)
+from tinyserve.devices import DEVICES, default_threads, device_name, preferred_precisions
+from tinyserve.engine import read_card
 from tinyserve.errors import ModelFileError, OutputError, TinyserveError, UsageError
 from tinyserve.modelfile import (
     DEFAULT_MODEL,
@@ -98,11 +94,24 @@ def classify(arguments: argparse.Namespace) -> int:
         self_test=not arguments.no_self_test,
     )
     k = min(arguments.topk, len(classifier.card.labels))
+    threshold = arguments.min_confidence
+    if arguments.target_precision is not None:
+        point = operating_point(classifier.card, arguments.target_precision)
+        threshold = point.threshold
+        print(f"tinyserve: {in_words(point, classifier.card)}", file=sys.stderr)
     tally = Tally()
+    collectors = [tally.add]
+    if arguments.report is not None:
+        from tinyserve import htmlreport, statistics  # a single image shall not wait for them
+
+        htmlreport.make_folder(arguments.report)
+        figures = statistics.Statistics(classifier.card)
+        collectors.append(figures.add)
     if arguments.resume:
-        resumed = Resumed(output, format_, classifier, k)
+        resumed = Resumed(output, format_, classifier, k, threshold)
         for result in resumed.results():
-            tally.add(result)
+            for collect in collectors:
+                collect(result)
         inputs = resumed.left(inputs)
     kept = tally.inputs
     first = list(itertools.islice(inputs, _FIRST))
@@ -124,7 +133,9 @@ def classify(arguments: argparse.Namespace) -> int:
         _progress(len(first) if len(first) < _FIRST else None, rows=output is None) as advance,
     ):
         for result in results:
-            tally.add(result)
+            result = result.at_least(threshold)
+            for collect in collectors:
+                collect(result)
             write(result)
             advance()
             if arguments.max_errors is not None and tally.failed > arguments.max_errors:
@@ -135,6 +146,7 @@ def classify(arguments: argparse.Namespace) -> int:
         provider=classifier.engine.provider,
         seconds=time.perf_counter() - start,
         kept=kept,
+        min_confidence=threshold,
     )
     if arguments.max_errors is not None and tally.failed > arguments.max_errors:
         print(
@@ -149,6 +161,9 @@ def classify(arguments: argparse.Namespace) -> int:
             Path(arguments.summary).write_text(document)
         except OSError as error:
             raise OutputError(f"cannot write {arguments.summary}: {error.strerror}") from error
+    if arguments.report is not None:
+        htmlreport.write_report(arguments.report, figures.report(summary, arguments.paths))
+        print(f"report: {arguments.report / htmlreport.PAGE}", file=sys.stderr)
     return SOME_FAILED if summary.failed else 0
 
 
@@ -378,6 +393,26 @@ def triton(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def doctor(arguments: argparse.Namespace) -> int:
+    from tinyserve import doctor as diagnosis
+
+    # What a model falls back from is in its row.
+    logging.getLogger("tinyserve").setLevel(logging.ERROR)
+    found = diagnosis.diagnose()
+    if arguments.json:
+        print(json.dumps(dataclasses.asdict(found), indent=2))
+        return found.exit_code
+    version = found.tinyserve or "(not installed)"
+    print(f"tinyserve {version}, Python {found.python}, {found.platform}")
+    marks = {"ok": "ok", "absent": "-", "problem": "PROBLEM"}
+    _print_columns([(marks[check.status], check.name, check.found) for check in found.checks])
+    if found.default_device:
+        print(f"models run on {found.default_device} by default")
+    else:
+        print("models do not run by default")
+    return found.exit_code
+
+
 def bench(arguments: argparse.Namespace) -> int:
     from tqdm import tqdm
 
@@ -478,6 +513,14 @@ def _card_lines(path: Path, card: ModelCard) -> Iterator[tuple[str, str]]:
             f"{entry.images:,} images, batches of {', '.join(map(str, entry.batch_sizes))}; "
             f"largest difference of a probability {entry.max_difference:.1e}{accuracy}",
         )
+    if calibration := card.calibration:
+        yield (
+            "calibration",
+            f"temperature {calibration.temperature:.3f}, fitted on "
+            f"{calibration.fitted_images:,} images of {calibration.source}; expected calibration "
+            f"error on {calibration.images:,} others {100 * calibration.ece:.1f} points, "
+            f"{100 * calibration.ece_before:.1f} without",
+        )
     if golden := card.golden:
         yield (
             "self-test",
@@ -506,6 +549,19 @@ def _summary_lines(summary: Summary) -> Iterator[str]:
             f"{summary.labelled:,} labelled; 95 % {100 * low:.2f} to {100 * high:.2f}), "
             f"top-5 {100 * summary.top5:.2f} %"
         )
+    if summary.min_confidence is not None and summary.coverage is not None:
+        line = (
+            f"decided at {summary.min_confidence:.2f} or more: {summary.ok:,}, "
+            f"{100 * summary.coverage:.2f} %; {summary.unknown:,} unknown"
+        )
+        if summary.decided_top1 is not None and summary.decided_top1_ci95 is not None:
+            low, high = summary.decided_top1_ci95
+            line += (
+                f"; top-1 of the decided {100 * summary.decided_top1:.2f} % "
+                f"(of {summary.decided_labelled:,} labelled; "
+                f"95 % {100 * low:.2f} to {100 * high:.2f})"
+            )
+        yield line
 
 
 def _print_columns(rows: Sequence[Sequence[str]]) -> None:
@@ -537,6 +593,13 @@ def _three_numbers(text: str) -> list[float]:
     if len(numbers) != 3:
         raise argparse.ArgumentTypeError("must be three numbers, separated by commas")
     return numbers
+
+
+def _share(text: str) -> float:
+    number = float(text)
+    if not 0 <= number <= 1:
+        raise argparse.ArgumentTypeError("must be from 0 to 1")
+    return number
 
 
 def _at_least_one(text: str) -> int:
@@ -609,6 +672,15 @@ def _parser() -> argparse.ArgumentParser:
     add("--resume", action="store_true", help="keep the rows in -o that still hold, add the others")
     add("--max-errors", type=_none_or_more, metavar="N", help="stop when more inputs than N failed")
     add("--summary", metavar="FILE", help="write the summary here, too, as JSON")
+    add("--report", type=Path, metavar="DIR", help="write a page with all figures into this folder")
+    least = command.add_mutually_exclusive_group().add_argument
+    least("--min-confidence", type=_share, metavar="P", help="what is less sure becomes unknown")
+    least(
+        "--target-precision",
+        type=_share,
+        metavar="P",
+        help="the least confidence that was right so often on the images held out of training",
+    )
 
     command = commands.add_parser("models", help="list the models that are installed")
     command.set_defaults(command=models)
@@ -698,6 +770,15 @@ def _parser() -> argparse.ArgumentParser:
     add("--std", type=_three_numbers, required=True, help="R,G,B in units of 0..1")
     add("--size", type=_at_least_one, required=True, help="side of the images, in pixels")
     add("-o", "--output", metavar="OUT.onnx", required=True)
+
+    command = commands.add_parser(
+        "doctor",
+        help="say what runs models on this machine, and what to do about the rest",
+        description="Try every device, and every installed model on the default one. Exit code 5 "
+        "where a device or ONNX Runtime has a problem, 4 where only a model has.",
+    )
+    command.set_defaults(command=doctor)
+    command.add_argument("--json", action="store_true")
 
     command = commands.add_parser("triton", help="write a model repository for NVIDIA Triton")
     command.set_defaults(command=triton)

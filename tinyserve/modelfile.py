@@ -131,6 +131,42 @@ class Golden:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class OperatingPoint:
+    """Of the images measured, ``decided`` had a first prediction of at least ``threshold``, and
+    ``correct`` of these were right."""
+
+    threshold: float
+    decided: int
+    correct: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Calibration:
+    """How the probabilities were made to mean what they say, and how well that went.
+
+    The graph divides the network's logits by ``temperature``, which was fitted on
+    ``fitted_images``. On ``images`` others, neither trained nor fitted on, the file itself was
+    measured: the expected calibration error was ``ece_before`` without the temperature, in
+    PyTorch, and is ``ece``; ``points`` are the precision and the coverage at rising thresholds.
+    Both sets come from ``source``.
+    """
+
+    temperature: float
+    source: str
+    fitted_images: int
+    images: int
+    ece_before: float
+    ece: float
+    points: tuple[OperatingPoint, ...]
+
+    @classmethod
+    def from_fields(cls, fields: dict[str, Any]) -> "Calibration":
+        """The inverse of :func:`dataclasses.asdict`."""
+        points = tuple(OperatingPoint(**point) for point in fields["points"])
+        return cls(**{**fields, "points": points})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelCard:
     """All that a model file says of itself.
 
@@ -152,6 +188,8 @@ class ModelCard:
     training: Training | None
     evidence: tuple[Evidence, ...] = ()
     golden: Golden | None = None
+    calibration: Calibration | None = None
+    """None where no images were held out to calibrate with."""
     graph_bytes: int = 0
     graph_sha256: str = ""
     resize_rule: str = RESIZE_RULE
@@ -199,6 +237,8 @@ class ModelCard:
             )
             if fields["golden"] is not None:
                 fields["golden"] = Golden(**fields["golden"])
+            if fields.get("calibration") is not None:
+                fields["calibration"] = Calibration.from_fields(fields["calibration"])
             card = cls(**fields)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ModelFileError(f"damaged metadata ({error})") from error
@@ -237,6 +277,37 @@ def candidate(path: Path) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):
             hidden.unlink()
+
+
+Port = tuple[str, str, tuple[Any, ...]]
+"""Name, NumPy's name of the type, and shape of an input or output of a graph; whatever stands for
+the size of the batch comes first in the shape."""
+
+
+def read_document(
+    path: Path, document: str | None, inputs: Sequence[Port], outputs: Sequence[Port]
+) -> ModelCard:
+    """The card of a file, out of its metadata.
+
+    Raises :class:`ModelFileError` where there is none or it does not fit the graph, and
+    :class:`GateError` where it was changed after it was written.
+    """
+    if document is None:
+        raise ModelFileError(f"{path} is an ONNX model, but none that tinyserve exported")
+    try:
+        card = ModelCard.from_json(document)
+    except (ModelFileError, GateError) as error:
+        raise type(error)(f"{path}: {error}") from error
+    size, classes = card.image_size, len(card.labels)
+    found = [(name, kind, shape[1:]) for name, kind, shape in (*inputs, *outputs)]
+    if len(inputs) != 1 or found != [
+        (INPUT_NAME, "uint8", (size, size, 3)),
+        (OUTPUT_NAME, "float32", (classes,)),
+    ]:
+        raise ModelFileError(
+            f"{path}: its graph is not what its metadata says: {[*inputs]} -> {[*outputs]}"
+        )
+    return card
 
 
 def check_graph(path: Path, card: ModelCard) -> None:

@@ -75,7 +75,7 @@ def document(result: Result, model: str) -> dict[str, Any]:
     """A result as JSON has it."""
     return {
         "path": result.path,
-        "status": "ok" if result.error is None else "error",
+        "status": result.status,
         "error": result.error,
         "label": None if result.label is None else _label_id(result.label),
         "rank": result.rank,
@@ -233,11 +233,13 @@ def _table_writer(stream: TextIO, inputs: Sequence[Input]) -> Write:
         path = result.path
         if len(path) > path_width:
             path = "…" + path[1 - path_width :]
-        mark = {None: " ", True: "✓", False: "✗"}[result.correct]
+        mark = "?" if result.unknown else {None: " ", True: "✓", False: "✗"}[result.correct]
         line = f"{path:<{path_width}}  {mark} "
         if result.error is not None:
             print(f"{line} error: {result.error}", file=stream)
             return
+        if result.unknown:
+            line += " unknown:"
         for place, prediction in enumerate(result.predictions):
             cell = f" {100 * prediction.probability:5.1f} % {prediction.name:<18}"
             if place and len(line) + len(cell.rstrip()) > columns:

@@ -15,14 +15,22 @@ class Resumed:
 
     A row holds if it is of this very model and as many predictions, did not fail, and its file has
     the size and the time that it had. The others are taken out of the output, which is replaced by
-    what is left of it in one step, so that a kill at any moment loses and doubles nothing.
+    what is left of it in one step, so that a kill at any moment loses and doubles nothing. Those
+    that are less sure than ``min_confidence`` become unknown, whatever they were.
     """
 
-    def __init__(self, output: str, format_: str, classifier: Classifier, k: int) -> None:
+    def __init__(
+        self,
+        output: str,
+        format_: str,
+        classifier: Classifier,
+        k: int,
+        min_confidence: float | None = None,
+    ) -> None:
         if format_ not in RESUMABLE:
             raise UsageError(f"only {' and '.join(RESUMABLE)} outputs can be resumed")
         self._output, self._format, self._classifier = output, format_, classifier
-        self._k = k
+        self._k, self._min_confidence = k, min_confidence
         # Hashes of paths and not the paths, of which there may be millions.
         self._done: dict[int, int] = {}
 
@@ -64,7 +72,7 @@ class Resumed:
         ):
             return None
         index = self._classifier.label_index(row["label"])
-        return Result(
+        result = Result(
             input=Input(path, row["label"]),
             version=row["version"],
             error=None,
@@ -72,6 +80,7 @@ class Resumed:
             label=None if index is None else card.labels[index],
             rank=row["rank"],
         )
+        return result.at_least(self._min_confidence)
 
     def left(self, inputs: Iterable[Input]) -> Iterator[Input]:
         """The inputs that have no row yet."""

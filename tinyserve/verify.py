@@ -5,14 +5,18 @@ from dataclasses import dataclass
 
 from tinyserve.classifier import Classifier, Result
 from tinyserve.dataset import Input
-from tinyserve.engine import device_name
+from tinyserve.devices import device_name
 from tinyserve.errors import GateError, UsageError
 from tinyserve.modelfile import Evidence
 from tinyserve.report import Tally
 
 SLACK = 0.002
 """Share of the validation images by which the accuracy may differ from the file's evidence:
-another processor or provider rounds differently."""
+another processor rounds differently."""
+
+OTHER_PROVIDER_SLACK = 0.005
+"""The same where the evidence is another provider's. In 8 bits OpenVINO has another top-1 than ONNX
+Runtime on up to 4 % of the images, as often for the better as for the worse."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,7 +63,7 @@ def replay(
     """Measure the accuracy again on the images that the evidence is about.
 
     ``watch`` sees every result. Raises :class:`~tinyserve.errors.GateError` where the accuracy is
-    not the one in the file, give or take :data:`SLACK`, and
+    not the one in the file, give or take :data:`SLACK` or :data:`OTHER_PROVIDER_SLACK`, and
     :class:`~tinyserve.errors.UsageError` where these cannot be the same images.
     """
     card, provider = classifier.card, classifier.engine.provider
@@ -82,7 +86,8 @@ def replay(
         expected_correct_top1=evidence.correct_top1,
         expected_provider=evidence.provider,
     )
-    if tally.failed or abs(found.difference) > SLACK * found.images:
+    slack = SLACK if evidence.provider == provider else OTHER_PROVIDER_SLACK
+    if tally.failed or abs(found.difference) > slack * found.images:
         raise GateError(
             f"top-1 is {found.correct_top1:,} of {found.images:,} on {device_name(provider)}, "
             f"{tally.failed:,} unreadable; the file says {found.expected_correct_top1:,}"

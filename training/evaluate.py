@@ -16,17 +16,21 @@ class ServedNetwork(nn.Module):
 
     Maps uint8 ``[N, image_size, image_size, 3]``, RGB, to float32 ``[N, classes]``, rows summing to
     1: centre crop of ``crop`` pixels, normalisation, channels first, resized to ``network_size`` as
-    in training if that differs, the network, softmax. Several ``views`` are run as one batch, and
-    their probabilities averaged; where ``crop`` leaves no room to move, crops that are not centred
-    are 7/8 as wide.
+    in training if that differs, the network, its logits divided by ``temperature``, softmax.
+    Several ``views`` are run as one batch, and their probabilities averaged; where ``crop`` leaves
+    no room to move, crops that are not centred are 7/8 as wide.
     """
 
     mean: Tensor
+    """Of each row of pixels, ``[width * 3]``, or of an image, ``[1, height, width * 3]``; ``scale``
+    is of each row. ONNX Runtime subtracts what is as long as a row some thirty times as fast as the
+    three numbers of a pixel, which took a third of the time of the 8-bit baseline."""
     scale: Tensor
     rows: Tensor | None
     """Interpolation weights ``[views, network_size, image_size]`` of the rows, and ``columns`` of
     the columns: crop, mirror and resize in one. None where nothing is resized."""
     columns: Tensor | None
+    temperature: float = 1.0
 
     def __init__(
         self,
@@ -57,8 +61,11 @@ class ServedNetwork(nn.Module):
         elif crop < image_size:  # a slice of everything would stay in the exported graph
             offset = round((image_size - crop) / 2)
             self.centre = slice(offset, offset + crop)
-        self.register_buffer("mean", self._crop(mean[None]) if mean.dim() == 3 else mean)
-        self.register_buffer("scale", 1 / std)
+        width = crop if self.centre else image_size
+        one_colour = mean.dim() == 1
+        mean = mean.repeat(width) if one_colour else self._crop(mean[None]).flatten(2)
+        self.register_buffer("mean", mean)
+        self.register_buffer("scale", (1 / std).repeat(width))
         self.register_buffer("rows", rows)
         self.register_buffer("columns", columns)
 
@@ -66,8 +73,16 @@ class ServedNetwork(nn.Module):
         return images if self.centre is None else images[:, self.centre, self.centre]
 
     def forward(self, images: Tensor) -> Tensor:
-        pixels = (self._crop(images).float() - self.mean) * self.scale
-        pixels = pixels.permute(0, 3, 1, 2)
+        logits = self.logits(images)
+        if self.temperature != 1:  # dividing by one would stay in the exported graph
+            logits = logits / self.temperature
+        probabilities = logits.softmax(dim=-1)
+        return probabilities if logits.dim() == 2 else probabilities.mean(dim=0)
+
+    def logits(self, images: Tensor) -> Tensor:
+        """What the network itself gives: float32 ``[N, classes]``, or ``[views, N, classes]``."""
+        pixels = (self._crop(images).flatten(2).float() - self.mean) * self.scale
+        pixels = pixels.unflatten(2, (-1, 3)).permute(0, 3, 1, 2)
         views = 1
         if self.rows is not None and self.columns is not None:
             views = len(self.rows)
@@ -76,10 +91,8 @@ class ServedNetwork(nn.Module):
             else:
                 resized = self.rows[:, None, None] @ pixels @ self.columns[:, None, None].mT
                 pixels = resized.flatten(0, 1)
-        probabilities: Tensor = self.network(pixels).float().softmax(dim=1)
-        if views > 1:
-            probabilities = probabilities.unflatten(0, (views, -1)).mean(dim=0)
-        return probabilities
+        logits: Tensor = self.network(pixels).float()
+        return logits if views == 1 else logits.unflatten(0, (views, -1))
 
 
 @dataclass(frozen=True, slots=True)

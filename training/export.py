@@ -30,11 +30,13 @@ from tinyserve.modelfile import (
     OUTPUT_NAME,
     Golden,
     ModelCard,
+    Training,
     candidate,
     write_model,
 )
 from training import data, pretrained, quantize
 from training.augment import VIEWS
+from training.calibrate import Calibrator, were_held_out
 from training.evaluate import ServedNetwork
 from training.gate import BOUNDS, Gate, spread
 from training.models import count_parameters
@@ -75,18 +77,20 @@ def export(
     """Export a run, or a file exported earlier, into the folder ``output``; returns the new files.
 
     The gate reads images from ``data_root``, by default the data that the run was trained on.
+    Where that run held some out, the probabilities are calibrated with them.
     Raises :class:`GateError`, leaving no file of that precision behind, where one breaks a bound.
     """
     if unknown := set(precisions) - BOUNDS.keys():
         raise UsageError(f"unknown precision {sorted(unknown)[0]!r} (known: {', '.join(BOUNDS)})")
-    if run.is_file() and (card := read_card(run)).precision != "fp32":
-        raise UsageError(f"{run} is {card.precision}: only a run or its fp32 file can be exported")
+    if run.is_file() and read_card(run).precision == "int8":
+        raise UsageError(f"{run} is int8: only a run, or its fp32 or fp16 file, can be exported")
     weights = pretrained.load(run)
     root, holdout = _data_of(run, data_root)
     dataset = data.load(root, image_size=weights.image_size, skip_bad=True, holdout=holdout)
     if dataset.fingerprint != weights.training.dataset_fingerprint:
         print(f"note: {dataset.root} is not the data that the run was trained on", file=sys.stderr)
     served = weights.served(VIEWS[views])
+    calibrator = _calibrator(served, weights.training, dataset)
     graph = to_onnx(served, weights.image_size)
     gate = Gate(served, graph, dataset)
     try:
@@ -110,11 +114,23 @@ def export(
             )
             suffix = "" if precision == "fp32" else f".{precision}"
             path = output / f"{weights.arch}{suffix}.onnx"
-            _write_through(gate, path, converted, card)
+            _write_through(gate, path, converted, card, calibrator)
             paths.append(path)
     except OSError as error:
         raise UsageError(f"cannot write into {output}: {error.strerror or error}") from error
     return paths
+
+
+def _calibrator(
+    served: ServedNetwork, training: Training, dataset: data.Dataset
+) -> Calibrator | None:
+    """Give the network its temperature; None, and said aloud, where nothing can tell which."""
+    if not were_held_out(training, dataset):
+        print("note: not calibrated, as no images were held out of training", file=sys.stderr)
+        return None
+    calibrator = Calibrator.fit(served, dataset)
+    served.temperature = calibrator.temperature
+    return calibrator
 
 
 def _converted(
@@ -139,7 +155,9 @@ def _converted(
     )
 
 
-def _write_through(gate: Gate, path: Path, graph: onnx.ModelProto, card: ModelCard) -> None:
+def _write_through(
+    gate: Gate, path: Path, graph: onnx.ModelProto, card: ModelCard, calibrator: Calibrator | None
+) -> None:
     """Make a file appear at ``path`` if it passes the gate; otherwise leave what was there."""
     content = graph.SerializeToString()
     bounds = BOUNDS[card.precision]
@@ -147,10 +165,20 @@ def _write_through(gate: Gate, path: Path, graph: onnx.ModelProto, card: ModelCa
         write_model(hidden, content, card)
         onnx.checker.check_model(hidden, full_check=True)
         evidence = gate.check(hidden, card.precision)
+        engine = Engine(hidden, device="cpu")
         images = gate.images[spread(len(gate.images), GOLDEN_IMAGES)]
-        answers = Engine(hidden, device="cpu").run(images)
-        golden = Golden.of(images, answers, tolerance=bounds.golden_tolerance)
-        write_model(hidden, content, replace(card, evidence=evidence, golden=golden))
+        golden = Golden.of(images, engine.run(images), tolerance=bounds.golden_tolerance)
+        card = replace(card, evidence=evidence, golden=golden)
+        if calibrator is not None:
+            calibration = calibrator.measure(engine)
+            card = replace(card, calibration=calibration)
+            print(
+                f"{card.precision} on {calibration.images:,} held-out images: calibration error "
+                f"{100 * calibration.ece:.1f} points, {100 * calibration.ece_before:.1f} without "
+                f"the temperature of {calibration.temperature:.3f}",
+                file=sys.stderr,
+            )
+        write_model(hidden, content, card)
         Engine(hidden, device="cpu")
 
 
@@ -184,11 +212,12 @@ def to_onnx(served: ServedNetwork, image_size: int) -> onnx.ModelProto:
 
 def _data_of(run: Path, named: Path | None) -> tuple[Path, int]:
     """The folder that was named, or else that a run was trained on, and how many images of it the
-    run held out, as its config.json remembers them."""
+    run held out, as its config.json or the file's calibration remembers them."""
     if run.is_file():
         if named is None:
             raise UsageError(f"{run} does not say where its data is: name it with --data")
-        return named, 0
+        calibration = read_card(run).calibration
+        return named, calibration.fitted_images + calibration.images if calibration else 0
     try:
         document = json.loads((run / "config.json").read_text())
         return named or Path(document["data"]), document.get("config", {}).get("holdout", 0)
@@ -221,7 +250,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "run", type=Path, help="folder of a finished run, or its exported fp32 file"
+        "run", type=Path, help="folder of a finished run, or its exported fp32 or fp16 file"
     )
     parser.add_argument(
         "-o", "--output", type=Path, default=Path("exported"), help="folder to write to"

@@ -1,6 +1,5 @@
 """The gate: what a model file must show before it is kept."""
 
-import math
 import statistics
 import sys
 import time
@@ -15,16 +14,11 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from tinyserve.engine import (
-    CPU,
-    Engine,
-    cuda_problem,
-    default_threads,
-    device_name,
-    session_options,
-)
+from tinyserve.devices import CPU, cuda_problem, default_threads, device_name
+from tinyserve.engine import Engine
 from tinyserve.errors import GateError
 from tinyserve.modelfile import INPUT_NAME, OUTPUT_NAME, Evidence
+from tinyserve.onnxruntime_session import session_options
 from training import data
 from training.evaluate import ServedNetwork
 
@@ -44,8 +38,8 @@ class Bounds:
     max_difference: float = 1.0
     accuracy_loss: float = 1.0
     faster: bool = False
-    """Faster than the fp32 file, on the CPU: by the geometric mean of one image at a time, which
-    waits for the weights, and of batches, which wait for the arithmetic."""
+    """Faster than the fp32 file, on the CPU: both with one image at a time, which waits for the
+    weights, and with batches, which wait for the arithmetic."""
     golden_tolerance: float
     """How far a golden probability may be off on another machine."""
 
@@ -53,7 +47,9 @@ class Bounds:
 BOUNDS = {
     "fp32": Bounds(agreement=1.0, max_difference=1e-4, golden_tolerance=1e-3),
     "fp16": Bounds(agreement=0.995, golden_tolerance=2e-2),
-    "int8": Bounds(accuracy_loss=0.005, faster=True, golden_tolerance=5e-2),
+    # Two runtimes that are both right differ by up to 0.09 on validation images: OpenVINO rounds
+    # less often between layers than ONNX Runtime, and is closer to single precision.
+    "int8": Bounds(accuracy_loss=0.005, faster=True, golden_tolerance=1e-1),
 }
 
 
@@ -114,8 +110,8 @@ class Gate:
                 ratios = [self._speed_ratio(engine, batch) for batch in SPEED_BATCHES]
                 words = f"{ratios[0]:.2f} and {ratios[1]:.2f} times as fast as fp32"
                 print(f"{where}: {words}, one image and batches of 32", file=sys.stderr)
-                if math.prod(ratios) <= 1:
-                    raise GateError(f"{where}: {words}, which on the whole is not faster")
+                if min(ratios) <= 1:
+                    raise GateError(f"{where}: {words}, which is not faster")
         return tuple(evidence)
 
     def _measure(self, engine: Engine, precision: str) -> Evidence:

@@ -63,7 +63,7 @@ def load(path: Path) -> checkpoint.Weights:
                 crop=card.crop,
                 network_size=card.network_size,
                 mean=_whole_mean(tensors["mean"], card.image_size),
-                std=1 / tensors["scale"],
+                std=1 / tensors["scale"].reshape(-1, 3)[0],
                 state=state,
                 training=card.training,
             )
@@ -96,10 +96,12 @@ def _tensors(graph: onnx.GraphProto) -> dict[str, Tensor]:
 
 def _whole_mean(mean: Tensor, image_size: int) -> Tensor:
     """A mean colour, or a mean image with a border of zeros where the graph holds its centre."""
-    if mean.dim() == 1:
-        return mean
-    border = (image_size - mean.shape[-2]) // 2
-    return F.pad(mean[0], (0, 0, border, border, border, border))
+    pixels = mean.reshape(-1, 3)
+    if (pixels == pixels[0]).all():
+        return pixels[0]
+    side = math.isqrt(len(pixels))
+    border = (image_size - side) // 2
+    return F.pad(pixels.reshape(side, side, 3), (0, 0, border, border, border, border))
 
 
 def identify(path: Path) -> str:

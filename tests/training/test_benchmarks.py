@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -65,14 +66,17 @@ def test_training_speed_is_printed_with_ratios(photos):
 
 
 @pytest.mark.slow
-def test_inference_speed_is_printed_with_ratios_or_by_node():
-    script, model = ROOT / "benchmarks" / "inference_speed.py", find_model("inception")
-    found = run([sys.executable, script, model, model, "-b", "2", "--rounds", "2"])
+def test_inference_speed_is_printed_with_ratios_and_by_node():
+    script, model = ROOT / "benchmarks" / "inference_speed.py", find_model("baseline")
+    command = [sys.executable, script, model, "-b", "2", "--rounds", "2"]
+    found = run([*command, "--with-fp32", "--profile"])
     assert found.returncode == 0, found.stderr
-    assert "images/s" in found.stdout
-    found = run([sys.executable, script, model, "-b", "2", "--rounds", "2", "--profile"])
-    assert found.returncode == 0, found.stderr
-    assert "Conv" in found.stdout
+    title, fp32, int8, *profiles = found.stdout.splitlines()
+    assert title == "batches of 2, 1 threads, medians of 2 rounds"
+    assert re.fullmatch(r"baseline.onnx +fp32 +CPU .+ images/s +1.00", fp32)
+    assert re.fullmatch(r"baseline.int8.onnx +int8 +CPU .+ images/s +\d+\.\d\d", int8)
+    assert "float [2, 3, 56, 56] -> float [2, 16, 56, 56]" in found.stdout
+    assert any(re.fullmatch(r"QGemm +1 nodes +.+ ms +.+%", line) for line in profiles)
 
 
 @pytest.mark.slow

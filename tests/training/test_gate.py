@@ -128,9 +128,12 @@ def test_int8_must_keep_the_accuracy_and_be_faster(model, network, dataset, monk
     # The file is the fp32 one: as accurate, but faster only by chance.
     monkeypatch.setattr(gate.Gate, "_speed_ratio", lambda *_: 1.7)
     gate_of(network, dataset).check(model, "int8")
-    monkeypatch.setattr(gate.Gate, "_speed_ratio", lambda *_: 0.98)
-    with pytest.raises(GateError, match="not faster"):
-        gate_of(network, dataset).check(model, "int8")
+    for slower in (1, 32):  # one image at a time, or batches
+        monkeypatch.setattr(
+            gate.Gate, "_speed_ratio", lambda *a, slower=slower: 0.98 if a[2] == slower else 1.7
+        )
+        with pytest.raises(GateError, match="not faster"):
+            gate_of(network, dataset).check(model, "int8")
     # Here the network that it is compared with is better.
     better = gate_of(network, dataset)
     better._fp32_correct = 18

@@ -1,0 +1,84 @@
+"""Which devices there are, on machines of several kinds."""
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tinyserve.devices import default_threads, device_name, preferred_precisions
+from tinyserve.engine import Engine
+from tinyserve.errors import UsageError
+from tinyserve.modelfile import find_model
+
+
+def test_the_device_comes_from_the_environment(monkeypatch):
+    monkeypatch.setenv("TINYSERVE_DEVICE", "gpu")
+    with pytest.raises(UsageError, match=r"unknown device 'gpu' \(known: auto, cpu, cuda, "):
+        Engine(find_model("inception"))
+
+
+def test_precisions_suit_the_device():
+    assert preferred_precisions("cuda")[0] == preferred_precisions("tensorrt")[0] == "fp16"
+    assert preferred_precisions("cpu")[0] == preferred_precisions("openvino")[0] == "int8"
+
+
+def test_devices_have_names():
+    providers = ["CPUExecutionProvider", "CUDAExecutionProvider", "OpenVINO"]
+    assert [device_name(p) for p in providers] == ["CPU", "CUDA", "OpenVINO"]
+    assert device_name("TensorrtExecutionProvider") == "TensorRT"
+
+
+def test_threads_follow_the_affinity_mask_and_the_environment(monkeypatch):
+    monkeypatch.delenv("TINYSERVE_NUM_THREADS", raising=False)
+    one = min(os.sched_getaffinity(0))
+    code = "from tinyserve.devices import default_threads; print(default_threads())"
+    pinned = ["taskset", "-c", str(one), sys.executable, "-c", code]
+    assert subprocess.check_output(pinned, text=True).strip() == "1"
+    assert 1 <= default_threads() <= len(os.sched_getaffinity(0))
+    monkeypatch.setenv("TINYSERVE_NUM_THREADS", "3")
+    assert default_threads() == 3
+    monkeypatch.setenv("TINYSERVE_NUM_THREADS", "many")
+    with pytest.raises(UsageError, match="TINYSERVE_NUM_THREADS"):
+        default_threads()
+
+
+def run_on(driver: Path, device: str) -> subprocess.CompletedProcess:
+    """The command line on a machine with that driver."""
+    command = [sys.executable, "-m", "tinyserve.cli", "verify", "inception", "--device", device]
+    environment = {**os.environ, "LD_LIBRARY_PATH": str(driver)}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the library is found otherwise")
+@pytest.mark.parametrize(
+    ("init", "gpus", "said"),
+    [
+        (999, 1, "the NVIDIA driver does not start (cuInit: error 999)"),
+        (0, 0, "the NVIDIA driver finds no GPU"),
+    ],
+)
+@pytest.mark.parametrize("device", ["cuda", "tensorrt"])
+def test_a_driver_of_no_use_is_exit_code_5_with_the_reason(nvidia_driver, device, init, gpus, said):
+    run = run_on(nvidia_driver(init=init, gpus=gpus), device)
+    assert run.returncode == 5
+    assert run.stderr == f"tinyserve: device {device} cannot run: {said}\n"
+
+
+def test_the_library_that_cuda_lacks_is_named(nvidia_driver):
+    packages = importlib.util.find_spec("nvidia")
+    folders = [] if packages is None else packages.submodule_search_locations
+    if any(any(Path(folder).rglob("libcurand.so*")) for folder in folders):
+        pytest.skip("CUDA's libraries are installed as Python packages")
+    driver = nvidia_driver(init=0, gpus=1)
+    said = r"lib\w+\.so\.\d+ cannot be loaded \(pip install 'tinyserve\[cuda\]'\)"
+    run = run_on(driver, "cuda")
+    assert run.returncode == 5
+    assert re.search(f"device cuda cannot run: {said}\n$", run.stderr)
+    run = run_on(driver, "auto")
+    assert run.returncode == 0
+    assert re.search(f"running on the CPU: {said}\n", run.stderr)
+    assert run.stdout.startswith("inception")  # where ONNX Runtime prints what it does not find

@@ -1,0 +1,75 @@
+"""The graph in 8 bits, as ONNX Runtime runs it: what makes it fast is there."""
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+import torch
+from onnx import numpy_helper
+
+from tinyserve.devices import CPU
+from tinyserve.onnxruntime_session import session_options
+from training import export, quantize
+from training.evaluate import ServedNetwork
+from training.models import ARCHS
+
+
+@pytest.fixture(scope="module", params=["baseline", "alexnet", "inception"])
+def graph(request, tmp_path_factory) -> onnx.GraphProto:
+    """What ONNX Runtime makes of an untrained network that pools, in 8 bits."""
+    torch.manual_seed(0)
+    network = ARCHS[request.param](5, image_size=32, batch_norm=True)
+    colour = torch.full((3,), 110.0)
+    served = ServedNetwork(network, colour, colour / 2, image_size=40, crop=32, network_size=32)
+    images = np.random.default_rng(0).integers(0, 256, (8, 40, 40, 3), dtype=np.uint8)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(quantize, "_METHODS", {"minmax": quantize._METHODS["minmax"]})
+        model = quantize.to_int8(export.to_onnx(served.eval(), 40), images, images).model
+    return optimized(model, tmp_path_factory.mktemp(request.param))
+
+
+def optimized(model: onnx.ModelProto, folder: Path) -> onnx.GraphProto:
+    options = session_options(threads=1)
+    options.optimized_model_filepath = str(folder / "optimized.onnx")
+    ort.InferenceSession(model.SerializeToString(), options, providers=[CPU])
+    return onnx.load(options.optimized_model_filepath).graph
+
+
+def named(graph: onnx.GraphProto, *kinds: str) -> list[onnx.NodeProto]:
+    return [node for node in graph.node if node.op_type in kinds]
+
+
+@pytest.mark.slow
+def test_all_of_the_network_but_its_last_layer_is_in_8_bits(graph):
+    assert len(named(graph, "QLinearConv")) > 0
+    assert named(graph, "Conv", "FusedConv", "Relu") == []
+    assert len(named(graph, "QuantizeLinear")) == len(named(graph, "DequantizeLinear")) == 1
+    assert len(named(graph, "Gemm", "FusedGemm")) == 1
+
+
+@pytest.mark.slow
+def test_pooling_is_done_where_channels_are_last(graph):
+    assert named(graph, "MaxPool") == []
+    before, after = (named(graph, kind)[0] for kind in ("QuantizeLinear", "DequantizeLinear"))
+    nodes = list(graph.node)
+    between = nodes[nodes.index(before) : nodes.index(after)]
+    # Once to channels last, and at most once back, not around every convolution.
+    assert sum(node.op_type == "Transpose" for node in between) <= 2
+
+
+@pytest.mark.slow
+def test_what_is_concatenated_has_one_range(graph):
+    values = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    for node in named(graph, "QLinearConcat"):
+        scale, zero, *parts = node.input
+        assert {float(values[name]) for name in parts[1::3]} == {float(values[scale])}
+        assert {int(values[name]) for name in parts[2::3]} == {int(values[zero])}
+
+
+@pytest.mark.slow
+def test_the_mean_is_subtracted_from_rows_not_from_pixels(graph):
+    (subtraction,) = named(graph, "Sub")
+    values = {tensor.name: tensor.dims for tensor in graph.initializer}
+    assert list(values[subtraction.input[1]]) == [3 * 32]

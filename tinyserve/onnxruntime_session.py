@@ -1,0 +1,93 @@
+"""A model file in ONNX Runtime: on CPUs, and on NVIDIA GPUs through CUDA or TensorRT."""
+
+# Without this, types of an ONNX Runtime that has lost its files could not be named, and nothing
+# would be left to say so.
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from tinyserve.devices import CPU, CUDA, TENSORRT
+from tinyserve.errors import DeviceError
+from tinyserve.modelfile import (
+    INPUT_NAME,
+    METADATA_KEY,
+    OUTPUT_NAME,
+    ModelCard,
+    Port,
+    read_document,
+)
+
+# The default is to search exhaustively for the fastest convolutions, again for every new size of a
+# batch, and to transpose images to a layout that tensor cores do not like.
+_CUDA = (CUDA, {"cudnn_conv_algo_search": "HEURISTIC", "prefer_nhwc": "1"})
+
+PROVIDERS: dict[str, list[tuple[str, dict[str, str]]]] = {
+    "cpu": [(CPU, {})],
+    "cuda": [_CUDA],
+    "tensorrt": [(TENSORRT, {}), _CUDA],  # what TensorRT cannot run is left to CUDA
+}
+"""Execution providers by device, the preferred one first."""
+
+_ERRORS_ONLY = 3  # a severity; ONNX Runtime's warnings are about details nobody can act on
+_TYPES = {"tensor(uint8)": "uint8", "tensor(float)": "float32"}
+
+
+class OnnxRuntimeSession:
+    """On the providers of a device in :data:`PROVIDERS` and no others, or :class:`DeviceError` is
+    raised; unless ``strict`` is False, then the CPU does what they cannot.
+
+    As many as ``streams`` calls of :meth:`run` share ``threads`` CPU threads.
+    """
+
+    def __init__(
+        self, path: Path, device: str, *, threads: int, streams: int = 1, strict: bool = True
+    ) -> None:
+        options = session_options(max(1, threads // streams))
+        providers = PROVIDERS[device]
+        if not strict:
+            providers = [*providers, *PROVIDERS["cpu"]]
+        elif device != "cpu":
+            options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+        self._session = ort.InferenceSession(path, options, providers=providers)
+        self.provider: str = self._session.get_providers()[0]
+        if strict and self.provider != providers[0][0]:
+            raise DeviceError(f"device {device} cannot run: ONNX Runtime chose {self.provider}")
+        self.card = _card(path, self._session)
+
+    def run(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Probabilities; see :meth:`tinyserve.engine.Engine.run`."""
+        (probabilities,) = self._session.run([OUTPUT_NAME], {INPUT_NAME: images})
+        return np.asarray(probabilities)
+
+
+def session_options(threads: int) -> ort.SessionOptions:
+    """How models are run on the CPU, with so many threads."""
+    options = ort.SessionOptions()
+    options.log_severity_level = _ERRORS_ONLY
+    options.intra_op_num_threads = threads
+    # Threads that wait by spinning take the cores from whatever else runs: another model, decoding,
+    # another process. On two cores the 8-bit models are a third slower with it, even alone.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    return options
+
+
+def read_unprepared(path: Path) -> ModelCard:
+    """The card of a file that is not going to run."""
+    options = session_options(threads=1)
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    return _card(path, ort.InferenceSession(path, options, providers=[CPU]))
+
+
+def _card(path: Path, session: ort.InferenceSession) -> ModelCard:
+    document = session.get_modelmeta().custom_metadata_map.get(METADATA_KEY)
+    return read_document(
+        path, document, _ports(session.get_inputs()), _ports(session.get_outputs())
+    )
+
+
+def _ports(ports: list[ort.NodeArg]) -> list[Port]:
+    return [(port.name, _TYPES.get(port.type, port.type), tuple(port.shape)) for port in ports]

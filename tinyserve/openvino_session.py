@@ -1,0 +1,71 @@
+"""A model file in OpenVINO's own runtime, which runs 8-bit models faster on CPUs than ONNX Runtime.
+
+``pip install 'tinyserve[openvino]'`` installs it beside ONNX Runtime; ONNX Runtime's own OpenVINO
+provider comes in a package that would have to take the place of the one that brings CUDA.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tinyserve.devices import OPENVINO, import_openvino
+from tinyserve.modelfile import METADATA_KEY, Port, read_document
+
+
+class OpenVinoSession:
+    """The answers of ONNX Runtime's CPU provider, but for rounding.
+
+    A file of ``fp32`` is computed in single precision. What is not in 8 bits in other files is
+    computed in the half precision of the CPU, where it has one: on most that do, bfloat16.
+
+    ``streams`` calls of :meth:`run` proceed at once and share ``threads`` CPU threads; more wait.
+    """
+
+    provider = OPENVINO
+
+    def __init__(self, path: Path, *, threads: int, streams: int) -> None:
+        openvino = import_openvino()
+        # Left to itself, OpenVINO tries every format on what is no ONNX, and they complain aloud.
+        frontend = openvino.frontend.FrontEndManager().load_by_framework("onnx")
+        model = frontend.convert(frontend.load(str(path)))
+        key = ["framework", METADATA_KEY]
+        document = model.get_rt_info(key).astype(str) if model.has_rt_info(key) else None
+        self.card = read_document(path, document, _ports(model.inputs), _ports(model.outputs))
+        options: dict[str, Any] = {
+            "INFERENCE_NUM_THREADS": max(threads, streams),
+            "NUM_STREAMS": streams,
+            # Pinned threads share the first cores with the pinned threads of other processes.
+            "ENABLE_CPU_PINNING": False,
+        }
+        if self.card.precision == "fp32":
+            options["INFERENCE_PRECISION_HINT"] = "f32"
+        compiled = openvino.Core().compile_model(model, "CPU", options)
+        self._requests: SimpleQueue[Any] = SimpleQueue()
+        for _ in range(streams):
+            self._requests.put(compiled.create_infer_request())
+
+    def run(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Probabilities; see :meth:`tinyserve.engine.Engine.run`."""
+        if images.dtype != np.uint8:  # OpenVINO would convert them
+            raise TypeError(f"images are {images.dtype}, not uint8")
+        request = self._requests.get()
+        try:
+            (probabilities,) = request.infer([images], share_inputs=True).values()
+        finally:
+            self._requests.put(request)
+        return np.asarray(probabilities)
+
+
+def _ports(ports: Iterable[Any]) -> list[Port]:
+    return [
+        (
+            port.any_name,
+            port.element_type.to_dtype().name,
+            tuple(d.get_length() if d.is_static else "batch" for d in port.partial_shape),
+        )
+        for port in ports
+    ]
