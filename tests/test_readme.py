@@ -38,7 +38,7 @@ def test_the_table_of_models_is_what_the_files_say():
 
 
 def test_the_python_example_runs():
-    (example,) = re.findall(r"```python\n(.*?)```", README, re.S)
+    example, *_ = re.findall(r"```python\n(.*?)```", README, re.S)  # the others need a server
     run = subprocess.run(
         [sys.executable, "-c", example], capture_output=True, text=True, cwd=ROOT, timeout=60
     )

@@ -19,6 +19,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tinyserve import rayjob
+from tinyserve.archives import is_archive
 from tinyserve.classifier import Classifier
 from tinyserve.confidence import in_words, operating_point
 from tinyserve.dataset import find_inputs
@@ -80,6 +82,8 @@ def _let_go_of_stdout() -> None:
 
 
 def classify(arguments: argparse.Namespace) -> int:
+    if arguments.ray is not None:
+        return _classify_with_ray(arguments)
     output = arguments.output
     format_ = arguments.format or format_of(output)
     if arguments.resume and output is None:
@@ -148,7 +152,59 @@ def classify(arguments: argparse.Namespace) -> int:
         kept=kept,
         min_confidence=threshold,
     )
-    if arguments.max_errors is not None and tally.failed > arguments.max_errors:
+    code = _conclude(arguments, summary)
+    if arguments.report is not None:
+        htmlreport.write_report(arguments.report, figures.report(summary, arguments.paths))
+        print(f"report: {arguments.report / htmlreport.PAGE}", file=sys.stderr)
+    return code
+
+
+def _classify_with_ray(arguments: argparse.Namespace) -> int:
+    if arguments.output is None:
+        raise UsageError("--ray wants -o, a folder")
+    for option in ("resume", "tuned", "report", "min_confidence", "target_precision"):
+        if getattr(arguments, option) not in (None, False):
+            raise UsageError(f"--ray goes without --{option.replace('_', '-')}")
+    if archives := [path for path in arguments.paths if is_archive(path)]:
+        raise UsageError(f"--ray takes files, folders and URIs; unpack {archives[0]} first")
+    job = rayjob.Job(
+        model=arguments.model,
+        precision=arguments.precision,
+        device=arguments.device or os.environ.get("TINYSERVE_DEVICE") or "auto",
+        format=arguments.format or "jsonl",
+        k=arguments.topk,
+        batch_size=arguments.batch_size or _BATCH_SIZE,
+        workers=arguments.workers or 1,
+        self_test=not arguments.no_self_test,
+    )
+    inputs = list(find_inputs(arguments.paths))
+    tally = Tally()
+    precision, providers = "", set()
+    start = time.perf_counter()
+    with (
+        contextlib.closing(
+            rayjob.classify(job, inputs, arguments.output, address=arguments.ray)
+        ) as parts,
+        _progress(len(inputs)) as advance,
+    ):
+        for part in parts:
+            tally.merge(part.tally)
+            precision = part.precision
+            providers.add(part.provider)
+            advance(part.tally.inputs)
+            if arguments.max_errors is not None and tally.failed > arguments.max_errors:
+                break
+    summary = tally.summary(
+        model=_model_name(arguments.model),
+        precision=precision,
+        provider=", ".join(sorted(providers)),
+        seconds=time.perf_counter() - start,
+    )
+    return _conclude(arguments, summary)
+
+
+def _conclude(arguments: argparse.Namespace, summary: Summary) -> int:
+    if arguments.max_errors is not None and summary.failed > arguments.max_errors:
         print(
             f"tinyserve: stopped: more than {arguments.max_errors:,} inputs failed",
             file=sys.stderr,
@@ -161,9 +217,6 @@ def classify(arguments: argparse.Namespace) -> int:
             Path(arguments.summary).write_text(document)
         except OSError as error:
             raise OutputError(f"cannot write {arguments.summary}: {error.strerror}") from error
-    if arguments.report is not None:
-        htmlreport.write_report(arguments.report, figures.report(summary, arguments.paths))
-        print(f"report: {arguments.report / htmlreport.PAGE}", file=sys.stderr)
     return SOME_FAILED if summary.failed else 0
 
 
@@ -669,6 +722,13 @@ def _parser() -> argparse.ArgumentParser:
         help="write what Tiny ImageNet's test server takes: file name and WordNet id",
     )
     add("-o", "--output", metavar="FILE", help="write the rows here instead of to stdout")
+    add(
+        "--ray",
+        nargs="?",
+        const=rayjob.LOCAL,
+        metavar="ADDRESS",
+        help="on the machines of a Ray cluster (default: one that is started here); -o is a folder",
+    )
     add("--resume", action="store_true", help="keep the rows in -o that still hold, add the others")
     add("--max-errors", type=_none_or_more, metavar="N", help="stop when more inputs than N failed")
     add("--summary", metavar="FILE", help="write the summary here, too, as JSON")

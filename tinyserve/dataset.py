@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tinyserve import archives, images
+from tinyserve import archives, images, remote
 from tinyserve.errors import DataError
 from tinyserve.images import SUFFIXES
 
@@ -54,7 +54,8 @@ class Input:
 
 
 def version_of(path: str) -> str:
-    """Size and time of a file, or of the archive that a path leads into; empty without a file."""
+    """Size and time of a file, or of the archive that a path leads into; empty without a file, as
+    URIs are."""
     while path:
         try:
             status = os.stat(path)
@@ -68,7 +69,8 @@ def version_of(path: str) -> str:
 
 
 def find_inputs(paths: Sequence[str]) -> Iterator[Input]:
-    """All images below the given files, folders (searched recursively), glob patterns and archives.
+    """All images below the given files, folders (searched recursively), glob patterns, archives and
+    URIs.
 
     Order: as given; inside a folder, sorted by path with numbers in numeric order; inside an
     archive, its own. A file that is named is taken whatever its name; in folders and globs only
@@ -84,6 +86,8 @@ def find_inputs(paths: Sequence[str]) -> Iterator[Input]:
 def _below(path: str) -> Iterator[Input]:
     if path == STDIN:
         return _listed(sys.stdin.buffer)
+    if remote.is_remote(path):
+        return _not_empty(_remote(path), f"no images in {path}")
     if os.path.isdir(path):
         return _not_empty(
             map(_with_label, walk_images(path)),
@@ -132,6 +136,13 @@ def _archived(path: str) -> Iterator[Input]:
             continue
         label = member.label or _label(member.name, functools.partial(_annotations_inside, path))
         yield Input(f"{path}/{member.name}", label, member)
+
+
+def _remote(uri: str) -> Iterator[Input]:
+    scheme = uri.partition("://")[0]
+    annotations = functools.partial(_annotations_behind, uri)
+    for member in sorted(remote.members(uri), key=lambda member: _natural_key(member.name)):
+        yield Input(f"{scheme}://{member.name}", _label(member.name, annotations), member)
 
 
 def walk_images(folder: str | os.PathLike[str]) -> Iterator[str]:
@@ -204,6 +215,12 @@ def _annotations_beside(folder: str) -> dict[str, str] | None:
 def _annotations_inside(archive: str, folder: str) -> dict[str, str] | None:
     text = archives.read_text(archive, f"{folder}/{ANNOTATIONS}")
     return None if text is None else _parse_annotations(text, archive)
+
+
+@functools.lru_cache(maxsize=1024)
+def _annotations_behind(uri: str, folder: str) -> dict[str, str] | None:
+    text = remote.read_text(uri, f"{folder}/{ANNOTATIONS}")
+    return None if text is None else _parse_annotations(text, uri)
 
 
 def _is_image(name: str) -> bool:

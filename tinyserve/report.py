@@ -14,7 +14,8 @@ class Summary:
     and unknown ones by their first prediction; None where nothing is labelled. With a
     ``min_confidence``, ``coverage`` is the share of ``ok`` inputs and ``decided_top1`` the accuracy
     on those of them that are labelled. Of ``inputs``, ``kept`` have their rows from an earlier run
-    of the job; ``seconds`` are those of the others, without loading the model.
+    of the job; ``seconds`` are those of the others, without loading the model but with starting
+    Ray.
     """
 
     model: str
@@ -57,6 +58,11 @@ class Tally:
             if not result.unknown:
                 self.decided_labelled += 1
                 self.decided_correct += result.rank == 0
+
+    def merge(self, other: "Tally") -> None:
+        """Adds what another has added up."""
+        for name, count in vars(other).items():
+            setattr(self, name, getattr(self, name) + count)
 
     def summary(
         self,

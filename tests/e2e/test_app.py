@@ -1,147 +1,39 @@
 """The demo page, as its visitors meet it: the real ``python app.py`` in a real Chromium."""
 
-import dataclasses
 import http.client
-import importlib.util
+import io
 import json
-import math
-import os
-import shutil
+import re
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
+from demo_page import (
+    MILLISECONDS,
+    ROOT,
+    START_SECONDS,
+    Server,
+    expected,
+    noise,
+    on_this_machine,
+    save,
+    shown,
+    upload,
+    wait_for,
+    words,
+)
 from PIL import Image
 
-from tinyserve import Classifier, Prediction
+from tinyserve import Classifier, Prediction, images
 from tinyserve.modelfile import DEFAULT_MODEL, PRECISIONS, find_model, model_names
-
-ROOT = Path(__file__).resolve().parents[2]
-START_SECONDS = 120
-MILLISECONDS = 120_000
-"""How long the browser waits for what a busy machine may take a while to show."""
-CHROMIUM = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--no-first-run",
-    "--disable-quic",
-]
-
-# Python runs a module of this name when it starts. Audit events come from below every way to use
-# a socket, so nothing is missed; what would leave the machine is written down and refused.
-SITECUSTOMIZE = """
-import os, sys
-
-def watch(event, arguments):
-    if event in ("socket.connect", "socket.sendto", "socket.sendmsg"):
-        address = arguments[1]
-    elif event in ("socket.getaddrinfo", "socket.gethostbyname"):
-        address = arguments
-    else:
-        return
-    if not isinstance(address, tuple):  # a Unix socket
-        return
-    host = address[0].decode() if isinstance(address[0], bytes) else address[0]
-    local = host in (None, "", "localhost", "::1", "0.0.0.0") or host.startswith("127.")
-    with open(os.environ["SOCKET_RECORD"], "a") as record:
-        record.write(f"{'local' if local else 'OUTSIDE'} {event} {host}\\n")
-    if not local:
-        raise OSError(f"{event} {host}: refused by the test")
-
-sys.addaudithook(watch)
-"""
-
-
-@dataclass(frozen=True)
-class Server:
-    url: str
-    record: Path
-    """What its sockets were asked for, see :data:`SITECUSTOMIZE`."""
-    stdout: Path
-    stderr: Path
-    start_errors: str = ""
-
-    def outside(self) -> list[str]:
-        """What the server tried to reach off this machine."""
-        lines = self.record.read_text().splitlines()
-        assert any(line.startswith("local ") for line in lines), "nothing was recorded at all"
-        return [line for line in lines if not line.startswith("local ")]
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    if importlib.util.find_spec("gradio") is None:
-        pytest.skip("gradio is not installed (pip install 'tinyserve[demo]')")
-    folder = tmp_path_factory.mktemp("app")
-    (folder / "sitecustomize.py").write_text(SITECUSTOMIZE)
-    port = _free_port()
-    found = Server(
-        f"http://127.0.0.1:{port}/", folder / "record", folder / "stdout", folder / "stderr"
-    )
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(filter(None, (str(folder), os.environ.get("PYTHONPATH")))),
-        "SOCKET_RECORD": str(found.record),
-        "GRADIO_TEMP_DIR": str(folder / "uploads"),
-    }
-    # Gradio must be kept quiet by the page, not by whoever runs the tests.
-    for name in ("GRADIO_ANALYTICS_ENABLED", "HF_HUB_OFFLINE", "HF_HUB_DISABLE_TELEMETRY"):
-        environment.pop(name, None)
-    command = [sys.executable, "app.py", "--port", str(port)]
-    with (
-        found.stdout.open("wb") as stdout,
-        found.stderr.open("wb") as stderr,
-        subprocess.Popen(command, cwd=ROOT, env=environment, stdout=stdout, stderr=stderr) as app,
-    ):
-        try:
-            _wait_until_printed(app, found)
-            yield dataclasses.replace(found, start_errors=found.stderr.read_text())
-        finally:
-            app.terminate()
-
-
-@pytest.fixture(scope="module")
-def context() -> Iterator[Any]:
-    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    executable = shutil.which("chromium")
-    if executable is None:
-        pytest.skip("chromium is not installed")
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=executable, args=CHROMIUM)
-        yield browser.new_context(permissions=["clipboard-read", "clipboard-write"])
-        browser.close()
-
-
-@pytest.fixture
-def page(server: Server, context: Any) -> Iterator[Any]:
-    page = context.new_page()
-    page.set_default_timeout(MILLISECONDS)
-    page.goto(server.url)
-    page.wait_for_selector("input[type=file]", state="attached")
-    yield page
-    page.close()
-
-
-@pytest.fixture(scope="module")
-def classifier() -> Classifier:
-    return Classifier()
-
-
-@pytest.fixture
-def jpeg(tmp_path: Path) -> Path:
-    path = tmp_path / "picture.jpg"
-    _image(1).save(path, quality=80)
-    return path
+from tinyserve.occlusion import occlude
 
 
 @pytest.mark.browser
@@ -150,10 +42,10 @@ def test_shows_what_the_classifier_says(
     page: Any, classifier: Classifier, tmp_path: Path, name: str
 ) -> None:
     path = tmp_path / name
-    _save(path)
-    _upload(page, path)
-    assert _shown(page) == _expected(classifier.classify(path))
-    assert " ms on " in _status(page)
+    save(path)
+    upload(page, path)
+    assert shown(page) == expected(classifier.classify(path))
+    assert " ms on " in words(page, "#classes .note")
 
 
 @pytest.mark.browser
@@ -161,12 +53,12 @@ def test_other_model_answers_too(page: Any, jpeg: Path) -> None:
     other = next((name for name in model_names() if name != DEFAULT_MODEL), None)
     if other is None:
         pytest.skip("only one model is installed")
-    _upload(page, jpeg)
-    before = _shown(page)
-    expected = _expected(Classifier(other).classify(jpeg))
-    assert expected != before
-    page.get_by_label(other, exact=True).check()
-    _wait_for(lambda: _shown(page) == expected)
+    upload(page, jpeg)
+    before = shown(page)
+    answer = expected(Classifier(other).classify(jpeg))
+    assert before != answer
+    page.get_by_label(other, exact=True).first.check()
+    wait_for(lambda: shown(page) == answer)
 
 
 @pytest.mark.browser
@@ -177,30 +69,118 @@ def test_sample_is_classified_when_clicked(page: Any, classifier: Classifier) ->
     thumbnail = page.locator("#samples .gallery-item").last
     name = thumbnail.locator("img").get_attribute("src").rpartition("/")[2]
     thumbnail.click()
-    (expected,) = (_expected(classifier.classify(s)) for s in samples if s.name == name)
-    assert _shown(page) == expected
+    (sample,) = (sample for sample in samples if sample.name == name)
+    assert shown(page) == expected(classifier.classify(sample))
 
 
 @pytest.mark.browser
 def test_picture_can_be_pasted(page: Any, classifier: Classifier, tmp_path: Path) -> None:
     path = tmp_path / "pasted.png"
-    _image(2).save(path)
+    noise(2).save(path)
     page.evaluate(
         """async bytes => navigator.clipboard.write([new ClipboardItem(
             {"image/png": new Blob([new Uint8Array(bytes)], {type: "image/png"})})])""",
         list(path.read_bytes()),
     )
     page.get_by_label("Paste from clipboard").click()
-    assert _shown(page) == _expected(classifier.classify(path))
+    assert shown(page) == expected(classifier.classify(path))
+
+
+@pytest.mark.browser
+def test_picture_can_be_taken_with_the_camera(page: Any) -> None:
+    """Chromium's own test picture stands in for the camera's."""
+    page.get_by_label("Capture from camera").click()
+    page.get_by_text("Click to Access Webcam").click()
+    page.get_by_label("capture photo").click()
+    assert len(shown(page)) == 5
+
+
+@pytest.mark.browser
+def test_shows_the_pixels_that_the_model_sees(page: Any, tmp_path: Path) -> None:
+    path = tmp_path / "wide.png"
+    noise(6).resize((300, 150)).save(path)
+    upload(page, path)
+    enlarged = picture_in(page, "#seen")
+    small = np.asarray(enlarged.resize((64, 64), Image.Resampling.NEAREST))
+    assert (small == images.load(path, size=64)).all()
+    blocks = np.asarray(enlarged).reshape(64, 8, 64, 8, 3)
+    assert (blocks == blocks[:, :1, :, :1]).all(), "the pixels are not crisp"
+    assert words(page, "#seen-note") == "64 × 64 pixels; the network gets them as 48 × 48"
+
+
+@pytest.mark.browser
+def test_all_models_side_by_side(page: Any, samples: Path) -> None:
+    path = samples / "goldfish" / "val_68.JPEG"
+    upload(page, path)
+    page.wait_for_selector("#models table")
+    rows = page.evaluate(
+        """[...document.querySelectorAll("#models tbody tr")].map(row =>
+            [row.querySelector("th").firstChild.data, row.cells[1].innerText,
+             Number(row.querySelector("data").value), row.cells[3].innerText])"""
+    )
+    answers = {name: Classifier(name).classify(path)[0] for name in model_names()}
+    common, votes = Counter(best.name for best in answers.values()).most_common(1)[0]
+    assert rows == [
+        [
+            name,
+            best.name,
+            pytest.approx(best.probability, abs=1e-6),
+            "✓" if best.name == common else "–",
+        ]
+        for name, best in answers.items()
+    ]
+    assert f"{votes} of {len(answers)} models say {common}." in words(page, "#models")
+
+
+@pytest.mark.browser
+def test_says_where_it_looked(page: Any, classifier: Classifier, samples: Path) -> None:
+    page.get_by_role("button", name="Where did it look?").click()
+    wait_for(lambda: words(page, "#heat-note") == "Choose a picture first.")
+    path = samples / "sombrero" / "val_193.JPEG"
+    upload(page, path)
+    best = classifier.classify(path)[0]
+    shown(page)
+    page.get_by_role("button", name="Where did it look?").click()
+    page.wait_for_selector("#heat img")
+    assert best.name in words(page, "#heat-note")
+    assert f"from {100 * best.probability:.1f}\xa0% to " in words(page, "#heat-note")
+    picture_in(page, "#heat")
+    # Another model would have looked elsewhere.
+    page.get_by_label("alexnet", exact=True).first.check()
+    page.wait_for_selector("#heat img", state="detached")
+
+
+@pytest.mark.browser
+def test_works_with_the_keyboard_alone(page: Any) -> None:
+    def press_tab_until(focused: str) -> None:
+        for _ in range(60):
+            page.keyboard.press("Tab")
+            if page.evaluate(f"document.activeElement.matches('{focused}')"):
+                return
+        pytest.fail(f"no way to {focused} with the Tab key")
+
+    press_tab_until("#samples .gallery-item")
+    page.keyboard.press("Enter")
+    before = shown(page)
+    press_tab_until("input[value=inception]")
+    page.keyboard.press("Space")
+    wait_for(lambda: shown(page) != before)
+    press_tab_until("#explain")
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#heat img")
+    page.get_by_role("tab", name="One picture").focus()
+    page.keyboard.press("Tab")
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#files", state="visible")
 
 
 @pytest.mark.browser
 @pytest.mark.parametrize(
-    ("content", "words"),
+    ("name", "content", "reason"),
     [
-        (b"no picture, just words\n", "not an image"),
-        (None, "damaged image"),
-        (b"", "empty file"),
+        ("bad.jpg", b"no picture, just words\n", "not an image"),
+        ("half.jpg", None, "damaged image"),
+        ("empty.jpg", b"", "empty file"),
     ],
     ids=["text", "truncated", "empty"],
 )
@@ -209,21 +189,40 @@ def test_says_in_words_what_is_no_picture(
     server: Server,
     jpeg: Path,
     tmp_path: Path,
+    name: str,
     content: bytes | None,
-    words: str,
+    reason: str,
 ) -> None:
-    bad = tmp_path / "bad.jpg"
+    bad = tmp_path / name
     half = jpeg.read_bytes()[: jpeg.stat().st_size // 2]
     bad.write_bytes(half if content is None else content)
     before = server.stderr.read_text()
-    _upload(page, jpeg)
-    assert _shown(page)
-    _upload(page, bad)
-    _wait_for(lambda: words in _status(page))
-    assert _status(page).startswith("⚠️ Cannot classify this picture: ")
-    assert page.locator("[data-testid=label-output-value]").count() == 0, "an old answer stands"
+    upload(page, jpeg)
+    assert shown(page)
+    upload(page, bad)
+    wait_for(lambda: reason in words(page, "#classes .problem"))
+    assert words(page, "#classes .problem").startswith("⚠️ Cannot classify this picture: ")
+    assert page.locator("#classes .bars").count() == 0, "an old answer stands"
+    page.wait_for_selector("#models table", state="detached")
     assert "Traceback" not in page.inner_text("body")
     assert server.stderr.read_text() == before
+
+
+@pytest.mark.browser
+def test_text_file_is_refused_in_words(page: Any, tmp_path: Path) -> None:
+    path = tmp_path / "notes.txt"
+    path.write_text("no picture, just words\n")
+    upload(page, path)
+    page.get_by_text("Invalid file type").first.wait_for()
+
+
+@pytest.mark.browser
+def test_huge_picture_is_refused_in_words(page: Any, tmp_path: Path) -> None:
+    path = tmp_path / "huge.png"
+    Image.new("1", (9_500, 9_500)).save(path)
+    assert path.stat().st_size < 100_000
+    upload(page, path)
+    wait_for(lambda: "too large" in words(page, "#classes .problem"))
 
 
 @pytest.mark.browser
@@ -235,8 +234,8 @@ def test_browser_calls_no_other_machine(context: Any, server: Server, jpeg: Path
     page.on("websocket", lambda websocket: called.append(websocket.url))
     page.goto(server.url)
     page.wait_for_selector("input[type=file]", state="attached")
-    _upload(page, jpeg)
-    _shown(page)
+    upload(page, jpeg)
+    shown(page)
     page.wait_for_load_state("networkidle")
     # What a browser may look up without a request: <link rel="preconnect"> and its like.
     called += page.evaluate(
@@ -244,13 +243,13 @@ def test_browser_calls_no_other_machine(context: Any, server: Server, jpeg: Path
     )
     page.close()
     assert any(url.endswith("/gradio_api/upload") or "/upload?" in url for url in called)
-    assert [url for url in called if not _on_this_machine(url)] == []
+    assert [url for url in called if not on_this_machine(url)] == []
 
 
 @pytest.mark.browser
 def test_server_calls_no_other_machine(page: Any, server: Server, jpeg: Path) -> None:
-    _upload(page, jpeg)
-    assert _shown(page)
+    upload(page, jpeg)
+    assert shown(page)
     assert server.outside() == []
 
 
@@ -261,17 +260,18 @@ def test_endpoint_gives_the_very_same_numbers(
     from gradio_client import handle_file  # type: ignore[import-untyped]
 
     path = tmp_path / name
-    _save(path)
-    label, status = client.predict(handle_file(path), DEFAULT_MODEL, api_name="/classify")
-    assert [(c["label"], c["confidence"]) for c in label["confidences"]] == [
-        (p.name, p.probability) for p in classifier.classify(path)
+    save(path)
+    answer = client.predict(handle_file(path), api_name="/classify")
+    assert [Prediction(**fields) for fields in answer["predictions"]] == [
+        *classifier.classify(path)
     ]
-    assert " ms on " in status
+    assert (answer["model"], answer["error"]) == (DEFAULT_MODEL, None)
+    assert answer["milliseconds"] > 0
 
 
 def test_endpoint_opens_neither_addresses_nor_foreign_files(server: Server, tmp_path: Path) -> None:
     secret = tmp_path / "secret.png"
-    _image(3).save(secret)
+    noise(3).save(secret)
     meta = {"_type": "gradio.FileData"}
     for image in (
         {"path": "https://example.com/picture.png", "meta": meta},
@@ -285,11 +285,64 @@ def test_endpoint_opens_neither_addresses_nor_foreign_files(server: Server, tmp_
 
 def test_endpoint_takes_no_path_for_a_model(client: Any, jpeg: Path) -> None:
     from gradio_client import handle_file
+    from gradio_client.exceptions import AppError
 
     path = str(find_model(DEFAULT_MODEL, PRECISIONS[::-1]).resolve())
-    label, status = client.predict(handle_file(jpeg), path, api_name="/classify")
-    assert "unknown model" in status
-    assert not label
+    with pytest.raises(AppError, match="unknown model"):
+        client.predict(handle_file(jpeg), path, api_name="/classify")
+
+
+def test_comparison_by_name(client: Any, jpeg: Path) -> None:
+    from gradio_client import handle_file
+
+    answers = client.predict(handle_file(jpeg), api_name="/compare")
+    assert {answer["model"]: answer["predictions"][0]["probability"] for answer in answers} == {
+        name: Classifier(name).classify(jpeg)[0].probability
+        for name in client.predict(api_name="/models")
+    }
+
+
+def test_explanation_by_name(client: Any, jpeg: Path) -> None:
+    from gradio_client import handle_file
+
+    answer = client.predict(handle_file(jpeg), "baseline", api_name="/explain")
+    baseline = Classifier("baseline")
+    best = baseline.classify(jpeg)[0]
+    assert Prediction(**answer["prediction"]) == best
+    occlusion = occlude(baseline.engine, images.load(jpeg, size=64), best.index)
+    assert answer["heat"] == occlusion.heat.tolist()
+    assert answer["lowest"] == occlusion.lowest
+
+
+def test_readme_client(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("gradio_client", reason="gradio is not installed")
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    (block,) = (block for block in blocks if "gradio_client" in block)
+    assert "http://127.0.0.1:7860" in block
+    exec(block.replace("http://127.0.0.1:7860", server.url), names := {})
+    names["page"].close()
+    assert "'name': 'goldfish'" in capsys.readouterr().out
+
+
+def test_page_can_be_part_of_another_application() -> None:
+    script = """
+import functools, json
+import fastapi, fastapi.testclient
+from tinyserve import Classifier
+from tinyserve.demo import build_page, options
+app = fastapi.FastAPI()
+load = functools.cache(functools.partial(Classifier, device="cpu"))
+page = build_page("baseline", load)
+import gradio
+gradio.mount_gradio_app(app, page, "/ui", **options())
+with fastapi.testclient.TestClient(app) as client:
+    assert "tinyserve" in client.get("/ui/").text
+    print(*client.get("/ui/gradio_api/info").json()["named_endpoints"])
+"""
+    command = [sys.executable, "-W", "ignore", "-c", script]
+    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (ran.returncode, ran.stderr) == (0, "")
+    assert ran.stdout.split() == ["/classify", "/compare", "/explain", "/classify_many", "/models"]
 
 
 def test_start_is_quiet(server: Server) -> None:
@@ -327,14 +380,6 @@ def test_failed_start_is_one_line(
     assert words in line
 
 
-@pytest.fixture
-def client(server: Server) -> Iterator[Any]:
-    gradio_client = pytest.importorskip("gradio_client", reason="gradio is not installed")
-    client = gradio_client.Client(server.url, verbose=False, analytics_enabled=False)
-    yield client
-    client.close()
-
-
 def _call(server: Server, data: list[object]) -> str:
     """The events that the endpoint answers with; unlike Gradio's client, this uploads nothing."""
     connection = http.client.HTTPConnection(urlsplit(server.url).netloc, timeout=START_SECONDS)
@@ -348,88 +393,7 @@ def _call(server: Server, data: list[object]) -> str:
     return answer
 
 
-def _image(seed: int) -> Image.Image:
-    """A gradient under noise: no two seeds look alike, and decoders that differ show it."""
-    generator = np.random.default_rng(seed)
-    ramp = np.linspace(0, 200, 96)[None, :, None] * generator.random(3)
-    noise = generator.integers(0, 56, (80, 96, 3))
-    return Image.fromarray((ramp + noise).astype(np.uint8))
-
-
-def _save(path: Path) -> None:
-    """A picture of the kind that the file's name tells."""
-    image = _image(4)
-    if path.stem == "turned":  # lies on its side, and says so
-        exif = Image.Exif()
-        exif[0x0112] = 6
-        image.save(path, exif=exif, quality=80)
-    elif path.stem == "clear":
-        image.putalpha(Image.fromarray(np.asarray(image)[..., 0]))
-        image.save(path)
-    elif path.stem == "moved":
-        image.save(path, save_all=True, append_images=[_image(5)])
-    else:
-        (image.convert("L") if path.stem == "grey" else image).save(path, quality=80)
-
-
-def _upload(page: Any, path: Path) -> None:
-    """Choose a file; whatever picture there is is taken away first."""
-    remove = page.locator("#picture").get_by_label("Clear")
-    if remove.count():
-        remove.click()
-    page.wait_for_selector("#picture input[type=file]", state="attached")
-    page.set_input_files("#picture input[type=file]", path)
-
-
-def _shown(page: Any) -> list[tuple[str, str]]:
-    """The names and percentages on the page, once there are any."""
-    page.wait_for_selector("[data-testid=label-output-value]")
-    # All of it at one moment: the page may be about to change.
-    heading, *rows = page.evaluate(
-        """[...document.querySelectorAll(
-            "[data-testid=label-output-value], #classes [data-testid$='-confidence-set']"
-        )].map(element => element.innerText.split("\\n").map(line => line.trim()))"""
-    )
-    shown = [(lines[0], lines[-1]) for lines in rows]
-    assert heading == [shown[0][0]]
-    return shown
-
-
-def _expected(predictions: Sequence[Prediction]) -> list[tuple[str, str]]:
-    return [(p.name, f"{math.floor(100 * p.probability + 0.5)}%") for p in predictions]
-
-
-def _status(page: Any) -> str:
-    texts: list[str] = page.locator("#status .prose").all_inner_texts()
-    return "".join(texts).strip()
-
-
-def _wait_for(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + MILLISECONDS / 1000
-    while not condition():
-        assert time.monotonic() < deadline, "the page never showed it"
-        time.sleep(0.05)
-
-
-def _on_this_machine(url: str) -> bool:
-    parts = urlsplit(url)
-    return parts.scheme in ("data", "blob") or parts.hostname in ("127.0.0.1", "localhost")
-
-
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port: int = probe.getsockname()[1]
-        return port
-
-
-def _wait_until_printed(app: subprocess.Popen[bytes], server: Server) -> None:
-    """Until the address is printed, which comes after the server answers."""
-    deadline = time.monotonic() + START_SECONDS
-    while not server.stdout.read_text().count("\n") >= 2:
-        if app.poll() is not None or time.monotonic() > deadline:
-            pytest.fail(f"app.py did not start:\n{server.stderr.read_text()}")
-        time.sleep(0.2)
-    connection = http.client.HTTPConnection(urlsplit(server.url).netloc, timeout=START_SECONDS)
-    connection.request("GET", "/")
-    assert connection.getresponse().status == http.client.OK
-    connection.close()
+def picture_in(page: Any, place: str) -> Image.Image:
+    """The picture that a part of the page shows, once it does."""
+    address = page.wait_for_selector(f"{place} img").get_attribute("src")
+    return Image.open(io.BytesIO(page.request.get(address).body())).convert("RGB")

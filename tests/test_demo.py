@@ -1,0 +1,106 @@
+"""What the page says, without a page: Gradio is not needed here."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tinyserve import Classifier, Prediction
+from tinyserve.demo import render
+from tinyserve.demo.answers import Answer, Answers
+from tinyserve.errors import ImageError, ModelFileError, UsageError
+
+
+@pytest.fixture(scope="module")
+def baseline() -> Classifier:
+    return Classifier("baseline", device="cpu")
+
+
+@pytest.fixture
+def answers(baseline: Classifier, tmp_path: Path) -> Answers:
+    def load(name: str) -> Classifier:
+        if name == "broken":
+            raise ModelFileError("<broken> is damaged")
+        return baseline
+
+    return Answers(["baseline", "broken"], load, tmp_path / "uploads")
+
+
+@pytest.fixture
+def upload(samples: Path, tmp_path: Path) -> dict[str, str]:
+    path = tmp_path / "uploads" / "0123" / "fish.jpg"
+    path.parent.mkdir(parents=True)
+    shutil.copy(samples / "goldfish" / "val_68.JPEG", path)
+    return {"path": str(path)}
+
+
+def answer(model: str, name: str) -> Answer:
+    return Answer(model, "CPU", 1_000_000, 1.0, (Prediction(0, None, name, 0.5),))
+
+
+def test_a_model_that_cannot_be_loaded_leaves_the_others_alone(answers, upload):
+    good, bad = answers.compare(upload)
+    assert (good.model, good.error, len(good.predictions)) == ("baseline", None, 5)
+    assert (bad.model, bad.error, bad.predictions) == ("broken", "<broken> is damaged", ())
+    table = render.comparison([good, bad])
+    assert "&lt;broken&gt; is damaged" in table
+    assert "<broken>" not in table
+
+
+@pytest.mark.parametrize(
+    ("guesses", "words"),
+    [
+        (["cat", "cat", "cat"], "All 3 models say <strong>cat</strong>."),
+        (["cat", "dog", "cat"], "2 of 3 models say <strong>cat</strong>."),
+        (["cat", "dog", "fish"], "No two models agree."),
+    ],
+)
+def test_says_how_far_the_models_agree(guesses, words):
+    table = render.comparison([answer(str(i), name) for i, name in enumerate(guesses)])
+    assert words in table
+    expected = max(guesses.count(name) for name in guesses)
+    assert table.count("✓") == (expected if expected > 1 else 0)
+
+
+def test_names_are_escaped():
+    html = render.bars(answer("<model>", "<class>"))
+    assert "&lt;class&gt;" in html
+    assert "<class>" not in html
+
+
+@pytest.mark.parametrize("name", ["../secret.jpg", "uploads-beside/0.jpg", "\0"])
+def test_only_uploads_are_opened(answers, tmp_path, name):
+    with pytest.raises(ImageError, match="not uploaded"):
+        answers.classify({"path": f"{tmp_path}/uploads/../{name}"}, "baseline")
+
+
+@pytest.mark.parametrize("nonsense", [None, "path", {}, {"path": 5}])
+def test_what_is_no_upload_is_refused(answers, nonsense):
+    with pytest.raises(UsageError, match="uploaded file"):
+        answers.classify(nonsense, "baseline")
+
+
+def test_of_archives_only_zip_is_taken(answers, tmp_path):
+    path = tmp_path / "uploads" / "pictures.tar"
+    path.parent.mkdir()
+    path.write_bytes(b"")
+    with pytest.raises(UsageError, match="takes zip"):
+        answers.inputs([{"path": str(path)}])
+
+
+def test_inputs_have_the_names_that_their_owner_knows(answers, upload):
+    (found,) = answers.inputs([upload])
+    assert found.path == "fish.jpg"
+    assert found.read() == Path(upload["path"]).read_bytes()
+
+
+@pytest.mark.parametrize("size", [64, 100])
+def test_pictures_are_enlarged_by_whole_pixels(size):
+    image = np.random.default_rng(0).integers(0, 256, (size, size, 3), np.uint8)
+    heat = np.linspace(-1, 1, size * size, dtype=np.float32).reshape(size, size)
+    large = np.asarray(render.enlarged(image))
+    scale = len(large) // size
+    assert (large[::scale, ::scale] == image).all()
+    assert render.overlay(image, heat).size == large.shape[:2]
+    render.overlay(image, np.zeros_like(heat))

@@ -1,0 +1,172 @@
+"""Jobs on a Ray cluster: the rows are those of one machine, whatever happens to the machines."""
+
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import tinyserve
+from tinyserve import rayjob
+from tinyserve.dataset import find_inputs
+from tinyserve.errors import DeviceError, ModelFileError, UsageError
+from tinyserve.report import Tally
+
+# Ray's own; it sets what it warns of.
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.data.context")
+
+COMMAND = (sys.executable, "-m", "tinyserve.cli", "classify", "-m", "resnet20", "--device", "cpu")
+
+PACKAGE = str(Path(tinyserve.__file__).parent.parent)
+
+JOB = rayjob.Job(
+    model="resnet20", precision="auto", device="cpu", format="jsonl", k=5, batch_size=8, workers=1,
+    self_test=True,
+)  # fmt: skip
+
+
+def classify(*arguments, **options) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [*COMMAND, *map(str, arguments)],
+        env={**os.environ, "PYTHONPATH": PACKAGE},
+        capture_output=True, encoding="utf-8", timeout=300, **options,
+    )  # fmt: skip
+
+
+def rows_of(*paths: Path) -> list[dict]:
+    return [json.loads(line) for path in sorted(paths) for line in path.read_text().splitlines()]
+
+
+def same_rows(found: list[dict], expected: list[dict]) -> bool:
+    assert len(found) == len(expected)
+    for row, other in zip(found, expected, strict=True):
+        for prediction, model in zip(row["predictions"], other["predictions"], strict=True):
+            assert prediction.pop("probability") == pytest.approx(
+                model.pop("probability"), abs=1e-5
+            )
+        assert row == other
+    return True
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """Ray on two nodes of this machine, each with one CPU."""
+    pytest.importorskip("ray")
+    from ray.cluster_utils import Cluster
+
+    node = {"num_cpus": 1, "object_store_memory": 100 * 2**20}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        patch.setenv("PYTHONPATH", PACKAGE)  # which the workers are to find, however the tests did
+        cluster = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})
+        cluster.add_node(**node)
+        cluster.wait_for_nodes()
+        yield cluster
+        cluster.shutdown()
+
+
+@pytest.fixture
+def many(samples, tmp_path) -> Path:
+    """A folder of 600 pictures that are links to the samples, and a file that is none."""
+    folder = tmp_path / "many"
+    folder.mkdir()
+    pictures = sorted(samples.rglob("*.JPEG"))
+    for number in range(600):
+        (folder / f"{number}.jpg").symlink_to(pictures[number % 40])
+    (folder / "broken.jpg").write_text("no picture")
+    return folder
+
+
+@pytest.mark.slow
+def test_the_rows_are_those_of_one_machine(cluster, samples, tmp_path):
+    shutil.copytree(samples, tmp_path / "in")
+    (tmp_path / "in" / "goldfish" / "broken.jpg").write_text("no picture")
+    here = classify("in", "-o", "here.jsonl", "--summary", "here.json", cwd=tmp_path)
+    assert here.returncode == 3, here.stderr
+    (tmp_path / "there").mkdir()
+    there = classify(
+        "in", "-o", "there", "--ray", cluster.address, "--summary", "there.json", cwd=tmp_path
+    )
+    assert there.returncode == 3, there.stderr
+    (part,) = (tmp_path / "there").iterdir()
+    assert part.name == "part-000000.jsonl"
+    assert same_rows(rows_of(part), rows_of(tmp_path / "here.jsonl"))
+    summaries = [json.loads((tmp_path / name).read_text()) for name in ("here.json", "there.json")]
+    for summary in summaries:
+        del summary["seconds"], summary["images_per_second"]
+    assert summaries[0] == summaries[1]
+    assert there.stderr.splitlines()[-1] == here.stderr.splitlines()[-1]
+    # A second job does not mix its rows with those of the first.
+    again = classify("in", "-o", "there", "--ray", cluster.address, cwd=tmp_path)
+    assert again.returncode == 2
+    assert "there is not empty" in again.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({"model": "cut.onnx"}, ModelFileError, "no ONNX model"),
+        ({"device": "cuda"}, DeviceError, "no machine of the Ray cluster has a GPU"),
+        ({"workers": 64}, UsageError, "no machine of the Ray cluster has 64 CPUs"),
+    ],
+)
+def test_what_the_machines_cannot_do(cluster, samples, tmp_path, monkeypatch, change, error, words):
+    monkeypatch.chdir(tmp_path)
+    Path("cut.onnx").write_bytes(b"no model")
+    job = dataclasses.replace(JOB, **change)
+    inputs = list(find_inputs([str(samples)]))
+    with pytest.raises(error, match=words) as raised:
+        list(rayjob.classify(job, inputs, "out", address=cluster.address))
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.slow
+def test_a_machine_dies_half_way_and_the_rows_are_complete(cluster, many, tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    here = classify(many, "-o", tmp_path / "here.parquet")
+    assert here.returncode == 3, here.stderr
+    inputs = list(find_inputs([str(many)]))
+    tally = Tally()
+    mortal = next(iter(cluster.worker_nodes))
+    done, killed_after = [], 0
+    job = dataclasses.replace(JOB, format="parquet")
+    out = tmp_path / "out"
+    for part in rayjob.classify(job, inputs, str(out), address=cluster.address, part=20):
+        tally.merge(part.tally)
+        done.append(part)
+        # Once it has shown that it is at work.
+        if not killed_after and part.node == mortal.node_id:
+            cluster.remove_node(mortal, allow_graceful=False)
+            killed_after = len(done)
+    assert 0 < killed_after < 25
+    assert sorted(part.number for part in done) == list(range(31))
+    assert {part.node for part in done} == {mortal.node_id, cluster.head_node.node_id}
+    assert (tally.inputs, tally.failed) == (601, 1)
+    rows = [row for path in sorted(out.iterdir()) for row in parquet.read_table(path).to_pylist()]
+    assert same_rows(rows, parquet.read_table(tmp_path / "here.parquet").to_pylist())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "-o, a folder"),
+        (["-o", "out", "--resume"], "neither --resume nor --tuned"),
+        (["-o", "out", "--format", "csv"], "rows are jsonl or parquet, not csv"),
+        (["-o", "full"], "full is not empty"),
+        (["photos.zip", "-o", "out"], "unpack photos.zip first"),
+    ],
+)
+def test_what_cannot_be_done_with_ray_says_so(samples, tmp_path, arguments, words):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "rows.jsonl").touch()
+    zipfile.ZipFile(tmp_path / "photos.zip", "w").close()
+    run = classify(samples, *arguments, "--ray", cwd=tmp_path)
+    assert run.returncode == 2, run.stderr
+    (line,) = run.stderr.splitlines()
+    assert words in line

@@ -1,0 +1,73 @@
+"""Images behind URIs; a file system that any machine has stands for the others."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tinyserve import remote
+from tinyserve.dataset import find_inputs
+from tinyserve.errors import DataError, ImageError, UsageError
+
+pytest.importorskip("pyarrow")
+
+
+def test_what_is_below_a_uri_is_what_is_below_the_folder(samples):
+    here = list(find_inputs([str(samples)]))
+    there = list(find_inputs([samples.as_uri()]))
+    assert sorted(item.path for item in there) == sorted(f"file://{item.path}" for item in here)
+    labels = {f"file://{item.path}": item.label for item in here}
+    assert {item.path: item.label for item in there} == labels
+    for item in there[:3]:
+        assert item.read() == Path(item.path.removeprefix("file://")).read_bytes()
+
+
+def test_tiny_imagenets_val_is_labelled(tmp_path):
+    images = tmp_path / "val" / "images"
+    images.mkdir(parents=True)
+    for number in (10, 2):
+        (images / f"val_{number}.JPEG").write_bytes(b"")
+    (tmp_path / "val" / "val_annotations.txt").write_text("val_2.JPEG\tn1\t\nval_10.JPEG\tn2\t\n")
+    assert [item.label for item in find_inputs([(tmp_path / "val").as_uri()])] == ["n1", "n2"]
+
+
+def test_one_file(samples):
+    uri = (samples / "goldfish" / "val_68.JPEG").as_uri()
+    (item,) = find_inputs([uri])
+    assert (item.path, item.label) == (uri, "goldfish")
+
+
+def test_what_cannot_be_read_is_a_row_or_one_line(tmp_path):
+    (tmp_path / "gone.jpg").touch()
+    (item,) = find_inputs([tmp_path.as_uri()])
+    (tmp_path / "gone.jpg").unlink()
+    with pytest.raises(ImageError, match="cannot read"):
+        item.read()
+    for uri, error, words in (
+        (tmp_path.as_uri(), DataError, "no images in"),
+        ((tmp_path / "nowhere").as_uri(), DataError, "cannot list"),
+        ("gopher://bucket/x", UsageError, "cannot read from gopher://bucket/x"),
+    ):
+        with pytest.raises(error, match=words) as raised:
+            find_inputs([uri])
+        assert "\n" not in str(raised.value)
+
+
+def test_too_large_is_not_read_to_its_end(tmp_path, monkeypatch):
+    monkeypatch.setattr(remote, "MAX_BYTES", 10)
+    (tmp_path / "large.jpg").write_bytes(bytes(11))
+    (item,) = find_inputs([tmp_path.as_uri()])
+    with pytest.raises(ImageError, match="too large: more than 10 bytes"):
+        item.read()
+
+
+def test_classify_takes_uris(samples):
+    run = subprocess.run(
+        [sys.executable, "-m", "tinyserve.cli", "classify", "--device", "cpu",
+         "--format", "jsonl", (samples / "goldfish").as_uri()],
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    assert {json.loads(line)["label"] for line in run.stdout.splitlines()} == {"n01443537"}

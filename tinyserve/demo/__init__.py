@@ -1,0 +1,74 @@
+"""The demo page: ``python app.py``, then open the address that it prints.
+
+The page only hands files to :class:`tinyserve.Classifier` and shows what comes back, so it says
+exactly what ``tinyserve classify`` says. Neither the server nor the page in the browser calls any
+other machine.
+"""
+
+import argparse
+import functools
+import logging
+import sys
+import time
+from collections.abc import Sequence
+
+from tinyserve.classifier import Classifier
+from tinyserve.demo.answers import device
+from tinyserve.demo.page import build_page, options
+from tinyserve.devices import DEVICES
+from tinyserve.errors import TinyserveError, UsageError
+from tinyserve.modelfile import DEFAULT_MODEL
+
+__all__ = ["build_page", "main", "options"]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = _parser().parse_args(argv)
+    try:
+        serve(arguments.host, arguments.port, arguments.model, arguments.device)
+    except TinyserveError as error:
+        print(f"tinyserve: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        pass
+    return 0
+
+
+def serve(host: str, port: int, model: str, device_wanted: str | None) -> None:
+    """Serve the page until interrupted; ``model`` is the one chosen at first.
+
+    Raises :class:`TinyserveError` where the model or the device cannot be used, Gradio is not
+    installed, or the address is taken.
+    """
+
+    @functools.cache  # every other model is loaded when it is first asked for
+    def load(name: str) -> Classifier:
+        return Classifier(name, device=device_wanted)
+
+    # The line below and the page say why the CPU runs; the logger need not say it too.
+    logging.getLogger("tinyserve").setLevel(logging.ERROR)
+    runs_on = device(load(model))
+    page = build_page(model, load)
+    try:
+        _, url, _ = page.launch(
+            server_name=host,
+            server_port=port,
+            share=False,
+            quiet=True,
+            prevent_thread_lock=True,
+            **options(),
+        )
+    except OSError as error:
+        raise UsageError(f"cannot listen on {host} port {port}; is it taken?") from error
+    print(f"{url}\n{model} on {runs_on}", flush=True)
+    while True:
+        time.sleep(3600)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description="The tinyserve demo page.")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
+    parser.add_argument("--port", type=int, default=7860, help="port to listen on (%(default)s)")
+    parser.add_argument("--model", default=DEFAULT_MODEL, help="model shown first (%(default)s)")
+    parser.add_argument("--device", choices=DEVICES, help="$TINYSERVE_DEVICE or auto by default")
+    return parser

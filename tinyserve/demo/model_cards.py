@@ -1,0 +1,81 @@
+"""The tab that says what is known of every installed model."""
+
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tinyserve.demo.render import count, problem, seen_words, share_bar
+from tinyserve.devices import device_name
+from tinyserve.engine import read_card
+from tinyserve.errors import TinyserveError
+from tinyserve.modelfile import Evidence, ModelCard, Training, installed_models
+
+if TYPE_CHECKING:
+    import gradio as gr
+
+
+def build(tab: "gr.Tab") -> None:
+    """Add the tab's content, which is read from the files whenever the tab is opened."""
+    import gradio as gr
+
+    cards = gr.HTML("Reading the files …")
+    tab.select(_cards, None, cards, api_visibility="private")
+
+
+def _cards() -> str:
+    """An article for each installed file."""
+    articles = "".join(_card(*installed) for installed in installed_models().items())
+    return f'<div class="cards">{articles}</div>'
+
+
+def _card(name: str, path: Path) -> str:
+    try:
+        card = read_card(path)
+    except TinyserveError as error:
+        return f"<article><h3>{escape(name)}</h3>{problem(error, 'read this file')}</article>"
+    facts = {
+        "parameters": f"{card.parameters:,}",
+        "file": f"{path.stat().st_size / 2**20:.1f} MiB, {card.precision}",
+        "sees": seen_words(card),
+    }
+    if card.training:
+        facts["trained on"] = _training(card.training)
+        if card.training.initial:
+            facts["started from"] = f"weights from {_training(card.training.initial)}"
+    if card.golden:
+        facts["self-test"] = f"{card.golden.count} pictures whenever it is loaded"
+    rows = "".join(f"<dt>{name}</dt><dd>{escape(fact)}</dd>" for name, fact in facts.items())
+    evidence = "".join(f"<li>{_evidence(entry)}</li>" for entry in card.evidence)
+    classes = ", ".join(label.name for label in card.labels)
+    return (
+        f"<article><h3>{escape(name)}</h3>{_accuracy(card)}"
+        f'<dl class="facts">{rows}</dl>'
+        f"<details><summary>Evidence</summary><ul>{evidence}</ul></details>"
+        f"<details><summary>{len(card.labels)} classes</summary><p>{escape(classes)}</p></details>"
+        "</article>"
+    )
+
+
+def _accuracy(card: ModelCard) -> str:
+    if card.accuracy is None:
+        return "<p>Its accuracy was not measured.</p>"
+    shares = zip(("top-1", "top-5"), card.accuracy, strict=True)
+    rows = "".join(f"<li><span>{name}</span>{share_bar(share)}</li>" for name, share in shares)
+    return f'<ol class="bars">{rows}</ol>'
+
+
+def _training(training: Training) -> str:
+    return (
+        f"{training.train_images:,} images of {training.dataset}, recipe {training.recipe}, "
+        f"{count(training.epochs, 'epoch')}"
+    )
+
+
+def _evidence(entry: Evidence) -> str:
+    words = (
+        f"{device_name(entry.provider)}, ONNX Runtime {entry.onnxruntime}: the same first guess as "
+        f"{entry.reference} on {100 * entry.top1_agreement:g} % of {entry.images:,} images"
+    )
+    if entry.val_images:
+        words += f"; right on {entry.correct_top1:,} of {entry.val_images:,} validation images"
+    return escape(words)

@@ -1,0 +1,87 @@
+"""The page as a whole, and how it keeps to itself."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tinyserve.classifier import Classifier
+from tinyserve.demo import endpoints, many_pictures, model_cards, one_picture
+from tinyserve.demo.answers import Answers
+from tinyserve.errors import UsageError
+from tinyserve.modelfile import model_names
+
+if TYPE_CHECKING:
+    import gradio as gr
+
+FONTS = ("system-ui", "sans-serif")
+MAX_UPLOAD = "256mb"
+
+# What Gradio and its libraries read when they are imported.
+_ENVIRONMENT = {
+    "GRADIO_ANALYTICS_ENABLED": "False",  # telemetry and the version check
+    "GRADIO_RUN_HISTORY": "False",  # would keep the visitors' pictures in their browsers
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "HF_HUB_OFFLINE": "1",
+}
+
+
+def build_page(model: str, load: Callable[[str], Classifier]) -> "gr.Blocks":
+    """The page, not yet served; :func:`options` says how to.
+
+    ``model`` is the one chosen at first. ``load`` gives the classifier of a name and keeps it:
+    it is called for every answer. Raises :class:`UsageError` where Gradio is not installed.
+    """
+    _prepare_gradio()
+    import gradio as gr
+
+    models = list(dict.fromkeys([*model_names(), model]))
+    # Uploads are deleted after an hour.
+    page: gr.Blocks
+    with gr.Blocks(title="tinyserve", analytics_enabled=False, delete_cache=(600, 3600)) as page:
+        answers = Answers(models, load, Path(page.GRADIO_CACHE))
+        endpoints.add(answers, model)  # first, so that nothing else takes their names
+        gr.Markdown("# tinyserve\nSmall networks guess what is in your pictures.", elem_id="title")
+        with gr.Tab("One picture"):
+            one_picture.build(answers, model)
+        with gr.Tab("Many pictures"):
+            many_pictures.build(answers, model)
+        with gr.Tab("Models") as tab:
+            model_cards.build(tab)
+    return page
+
+
+def options() -> dict[str, Any]:
+    """What ``launch`` of the page, or ``gradio.mount_gradio_app``, has to be told: its looks, and
+    that nothing leaves this machine."""
+    import gradio as gr
+
+    # In the system's own fonts: Gradio's would have to be loaded from somewhere.
+    theme = gr.themes.Default(primary_hue="teal", neutral_hue="slate", font=FONTS, font_mono=FONTS)
+    return {
+        "theme": theme,
+        "css_paths": Path(__file__).with_name("style.css"),
+        "footer_links": [],
+        "ssr_mode": False,
+        "mcp_server": False,
+        "enable_monitoring": False,
+        "max_file_size": MAX_UPLOAD,
+    }
+
+
+def _prepare_gradio() -> None:
+    """Before it is imported: no telemetry. After: no fetching of addresses."""
+    # Gradio asks its own server whether it is up; that must not go through a proxy.
+    direct = ",".join(filter(None, (os.environ.get("NO_PROXY"), "localhost,127.0.0.1")))
+    os.environ.update(_ENVIRONMENT, NO_PROXY=direct)
+    try:
+        import gradio as gr
+        from gradio import processing_utils
+    except ModuleNotFoundError as error:
+        raise UsageError(f"{error}; the demo needs: pip install 'tinyserve[demo]'") from error
+
+    async def refuse(url: str, cache_dir: str) -> str:  # noqa: ARG001 (Gradio names it)
+        raise gr.Error(f"send the picture itself, not its address: {url}", print_exception=False)
+
+    # A caller of the API may name an address in place of a file; Gradio would fetch it.
+    processing_utils.async_ssrf_protected_download = refuse

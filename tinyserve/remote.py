@@ -1,0 +1,74 @@
+"""Images behind URIs such as ``s3://bucket/folder``, through pyarrow's file systems."""
+
+import posixpath
+from functools import partial
+from typing import Any
+
+from tinyserve.archives import Member
+from tinyserve.errors import DataError, ImageError, UsageError
+from tinyserve.images import MAX_BYTES, SUFFIXES
+
+
+def is_remote(path: str) -> bool:
+    return "://" in path
+
+
+def members(uri: str) -> list[Member]:
+    """The image behind a URI, or all anywhere below it; unlike an archive's they can be pickled.
+
+    Their names are paths inside the file system, ``bucket/folder/1.jpg``. The URI takes pyarrow's
+    options, as in ``s3://bucket/folder?region=eu-west-1``. Raises
+    :class:`~tinyserve.errors.DataError` where it cannot be listed.
+    """
+    filesystem, root = _file_system(uri)
+    import pyarrow.fs as fs
+
+    try:
+        if filesystem.get_file_info(root).is_file:
+            found = [root]
+        else:
+            below = filesystem.get_file_info(fs.FileSelector(root, recursive=True))
+            found = [info.path for info in below if info.is_file and _is_image(info.path)]
+    except OSError as error:
+        raise DataError(f"cannot list {uri}: {_first_line(error)}") from error
+    return [Member(path, None, partial(_read, filesystem, path)) for path in found]
+
+
+def read_text(uri: str, path: str) -> str | None:
+    """A text file in the file system of a URI; None where it cannot be read."""
+    try:
+        return _read(_file_system(uri)[0], path).decode("utf-8", errors="replace")
+    except ImageError:
+        return None
+
+
+def _file_system(uri: str) -> tuple[Any, str]:
+    """What pyarrow reads a URI with, and the path in there."""
+    try:
+        import pyarrow.fs as fs
+    except ModuleNotFoundError as error:
+        raise UsageError(f"{uri} needs: pip install 'tinyserve[parquet]'") from error
+    try:
+        filesystem, path = fs.FileSystem.from_uri(uri)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"cannot read from {uri}: {_first_line(error)}") from error
+    return filesystem, path
+
+
+def _read(filesystem: Any, path: str) -> bytes:
+    try:
+        with filesystem.open_input_stream(path) as file:
+            data: bytes = file.read(MAX_BYTES + 1)
+    except OSError as error:
+        raise ImageError(f"cannot read: {_first_line(error)}") from error
+    if len(data) > MAX_BYTES:
+        raise ImageError(f"too large: more than {MAX_BYTES:,} bytes")
+    return data
+
+
+def _is_image(path: str) -> bool:
+    return posixpath.splitext(path)[1].lower() in SUFFIXES
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]
