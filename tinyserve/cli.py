@@ -2,6 +2,8 @@
 
 Results go to stdout, everything else to stderr. Exit codes: 0 clean, 1 failure, 2 usage,
 3 finished but some inputs failed, 4 a model is not what it was, 5 the device asked for cannot run.
+
+What only one command needs is imported there: of a cold start, most is imports.
 """
 
 import argparse
@@ -14,19 +16,11 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
-from tqdm import tqdm
-
-from tinyserve import bench as bench_module
-from tinyserve import compare as comparison
-from tinyserve import doctor as diagnosis
 from tinyserve import rayjob
-from tinyserve import verify as verification
-from tinyserve.adopt import adopt as adopt_model
-from tinyserve.adopt import read_labels
 from tinyserve.archives import is_archive
 from tinyserve.classifier import Classifier
 from tinyserve.confidence import in_words, operating_point
@@ -46,9 +40,10 @@ from tinyserve.modelfile import (
 from tinyserve.output import FORMATS, format_of, open_rows
 from tinyserve.report import Summary, Tally
 from tinyserve.resume import Resumed
-from tinyserve.server import LOG_FORMATS, Settings
-from tinyserve.server import serve as serve_http
-from tinyserve.triton import write_repository
+from tinyserve.server import LOG_FORMATS
+
+if TYPE_CHECKING:
+    from tinyserve.bench import Measurement
 
 SOME_FAILED = 3
 _BATCH_SIZE = 32
@@ -141,14 +136,14 @@ def classify(arguments: argparse.Namespace) -> int:
                 itertools.chain(first, inputs), k=k, batch_size=settings.batch_size
             )
         ) as results,
-        _progress(len(first) if len(first) < _FIRST else None, rows=output is None) as bar,
+        _progress(len(first) if len(first) < _FIRST else None, rows=output is None) as advance,
     ):
         for result in results:
             result = result.at_least(threshold)
             for collect in collectors:
                 collect(result)
             write(result)
-            bar.update()
+            advance()
             if arguments.max_errors is not None and tally.failed > arguments.max_errors:
                 break
     summary = tally.summary(
@@ -192,13 +187,13 @@ def _classify_with_ray(arguments: argparse.Namespace) -> int:
         contextlib.closing(
             rayjob.classify(job, inputs, arguments.output, address=arguments.ray)
         ) as parts,
-        _progress(len(inputs), rows=False) as bar,
+        _progress(len(inputs)) as advance,
     ):
         for part in parts:
             tally.merge(part.tally)
             precision = part.precision
             providers.add(part.provider)
-            bar.update(part.tally.inputs)
+            advance(part.tally.inputs)
             if arguments.max_errors is not None and tally.failed > arguments.max_errors:
                 break
     summary = tally.summary(
@@ -239,6 +234,8 @@ def _settings(arguments: argparse.Namespace) -> _Settings:
     tuned = None
     device = arguments.device
     if arguments.tuned:
+        from tinyserve import bench as bench_module
+
         precision = arguments.precision
         precisions = preferred_precisions(device) if precision == "auto" else (precision,)
         tuned = bench_module.tuned(find_model(arguments.model, precisions))
@@ -249,11 +246,18 @@ def _settings(arguments: argparse.Namespace) -> _Settings:
     )
 
 
-def _progress(total: int | None, *, rows: bool) -> "tqdm[NoReturn]":
-    """A bar on stderr, if that is a terminal. Where rows are printed on a terminal, they show the
-    progress themselves, and a bar would run through them."""
-    quiet = True if rows and sys.stdout.isatty() else None
-    return tqdm(total=total, unit="image", disable=quiet, leave=False)
+@contextlib.contextmanager
+def _progress(total: int | None, *, rows: bool = False) -> Iterator[Callable[..., object]]:
+    """What to call with how many images are done, by default one, for the bar on stderr, if that is
+    a terminal. Where rows are printed on a terminal, they show the progress themselves, and a bar
+    would run through them."""
+    if not sys.stderr.isatty() or (rows and sys.stdout.isatty()):
+        yield lambda _=1: None
+        return
+    from tqdm import tqdm
+
+    with tqdm(total=total, unit="image", leave=False) as bar:
+        yield bar.update
 
 
 def models(arguments: argparse.Namespace) -> int:
@@ -344,6 +348,8 @@ def labels(arguments: argparse.Namespace) -> int:
 
 
 def verify(arguments: argparse.Namespace) -> int:
+    from tinyserve import verify as verification
+
     classifier = Classifier(arguments.model, device=arguments.device, self_test=False)
     name = classifier.engine.path.stem
     test = verification.self_test(classifier)
@@ -359,8 +365,8 @@ def verify(arguments: argparse.Namespace) -> int:
         )
     if arguments.data is not None:
         inputs = list(find_inputs([_validation_folder(arguments.data)]))
-        with tqdm(total=len(inputs), unit="image", disable=None, leave=False) as bar:
-            found = verification.replay(classifier, inputs, lambda _: bar.update())
+        with _progress(len(inputs)) as advance:
+            found = verification.replay(classifier, inputs, lambda _: advance())
         document["replay"] = {**dataclasses.asdict(found), "difference": found.difference}
         relation = "as many as"
         if found.difference:
@@ -375,11 +381,13 @@ def verify(arguments: argparse.Namespace) -> int:
 
 
 def compare(arguments: argparse.Namespace) -> int:
+    from tinyserve import compare as comparison
+
     names = (arguments.a, arguments.b)
     a, b = (Classifier(name, device=arguments.device) for name in names)
     inputs = list(find_inputs([_validation_folder(arguments.data)]))
-    with tqdm(total=len(inputs), unit="image", disable=None, leave=False) as bar:
-        found = comparison.compare(a, b, inputs, batch_size=arguments.batch_size, watch=bar.update)
+    with _progress(len(inputs)) as advance:
+        found = comparison.compare(a, b, inputs, batch_size=arguments.batch_size, watch=advance)
     if found.unreadable:
         print(f"tinyserve: {found.unreadable:,} images cannot be read", file=sys.stderr)
     code = SOME_FAILED if found.unreadable else 0
@@ -405,6 +413,9 @@ def compare(arguments: argparse.Namespace) -> int:
 
 
 def adopt(arguments: argparse.Namespace) -> int:
+    from tinyserve.adopt import adopt as adopt_model
+    from tinyserve.adopt import read_labels
+
     output = Path(arguments.output)
     card = adopt_model(
         Path(arguments.source),
@@ -425,6 +436,8 @@ def adopt(arguments: argparse.Namespace) -> int:
 
 
 def triton(arguments: argparse.Namespace) -> int:
+    from tinyserve.triton import write_repository
+
     models = {_model_name(name): _file_of(name) for name in arguments.model.split(",")}
     for folder in write_repository(Path(arguments.output), models):
         print(folder)
@@ -436,6 +449,8 @@ def triton(arguments: argparse.Namespace) -> int:
 
 
 def doctor(arguments: argparse.Namespace) -> int:
+    from tinyserve import doctor as diagnosis
+
     # What a model falls back from is in its row.
     logging.getLogger("tinyserve").setLevel(logging.ERROR)
     found = diagnosis.diagnose()
@@ -454,6 +469,10 @@ def doctor(arguments: argparse.Namespace) -> int:
 
 
 def bench(arguments: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
+    from tinyserve import bench as bench_module
+
     files = [_file_of(name) for name in arguments.model or installed_models()]
     workers = arguments.workers or sorted({1, default_threads()})
     found = []
@@ -483,9 +502,7 @@ _BENCH_HEADER = (
 )
 
 
-def _bench_row(
-    entry: bench_module.Measurement, fastest: dict[str, bench_module.Measurement]
-) -> tuple[str, ...]:
+def _bench_row(entry: "Measurement", fastest: dict[str, "Measurement"]) -> tuple[str, ...]:
     settings = entry.settings
     memory = "" if entry.peak_bytes is None else f"{entry.peak_bytes / 2**20:.0f} MiB"
     return (
@@ -504,6 +521,9 @@ def _bench_row(
 
 
 def serve(arguments: argparse.Namespace) -> int:
+    from tinyserve.server import Settings
+    from tinyserve.server import serve as serve_http
+
     serve_http(
         Settings(
             models=tuple(arguments.model or [DEFAULT_MODEL]),

@@ -1,5 +1,6 @@
 """The scripts in benchmarks/ run, on a few pictures."""
 
+import json
 import os
 import re
 import subprocess
@@ -76,3 +77,33 @@ def test_inference_speed_is_printed_with_ratios_and_by_node():
     assert re.fullmatch(r"baseline.int8.onnx +int8 +CPU .+ images/s +\d+\.\d\d", int8)
     assert "float [2, 3, 56, 56] -> float [2, 16, 56, 56]" in found.stdout
     assert any(re.fullmatch(r"QGemm +1 nodes +.+ ms +.+%", line) for line in profiles)
+
+
+@pytest.mark.slow
+def test_classify_is_printed_beside_its_session_a_peer_and_ten_lines(tmp_path):
+    command = [sys.executable, ROOT / "benchmarks" / "classify.py", "--models", "baseline"]
+    command += ["--rounds", "1", "--candidates", "1", "--peers", "torch", "--limit", "8"]
+    command += ["--parts", "files,cold,memory", "--seconds", "0.05", "--memory-inputs", "5", "10"]
+    found = run([*command, "--json", tmp_path / "found.json"])
+    assert found.returncode == 0, found.stderr
+    assert "left out" not in found.stderr
+    document = json.loads((tmp_path / "found.json").read_text())
+    rows = {(row["name"], row["settings"]): row for row in document["speeds"][0]["contenders"]}
+    assert len(rows) == 6
+    assert rows["tinyserve", "default"]["images"] == 40
+    assert rows["torch", "fastest"]["images"] == 8
+    # The peer runs the same network on the same pictures.
+    assert rows["torch", "default"]["same_top1_as_ours"] == 1
+    assert [row["name"] for row in document["cold"]][-1] == "ten lines"
+    assert [row["inputs"] for row in document["memory"]] == [5, 10]
+    assert all(f"ours, {settings}: " in found.stdout for settings in ("default", "fastest"))
+
+
+@pytest.mark.slow
+def test_a_peer_that_does_not_run_is_left_out_aloud():
+    command = [sys.executable, ROOT / "benchmarks" / "classify.py", "--models", "baseline"]
+    command += ["--rounds", "1", "--peers", "huggingface", "--peer-python", "/no/such/python"]
+    found = run([*command, "--parts", "files", "--seconds", "0.02"])
+    assert found.returncode == 0, found.stderr
+    assert "huggingface is left out" in found.stderr
+    assert "tinyserve, default" in found.stdout
