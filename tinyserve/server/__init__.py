@@ -48,6 +48,8 @@ class Settings:
     max_delay_ms: float = 0.0
     max_queue: int = 256
     api_key_file: Path | None = None
+    ui: bool = False
+    """Whether the demo page is at ``/``."""
     log_format: str = "text"
     limits: Limits = field(default_factory=Limits)
 
@@ -58,6 +60,8 @@ def serve(settings: Settings) -> None:
     Raises :class:`~tinyserve.errors.TinyserveError` where a model or the device cannot be used, the
     address is taken, or the extra is not installed.
     """
+    if settings.ui and settings.api_key_file:
+        raise UsageError("browsers have no key to show: --ui goes without --api-key-file")
     try:
         from tinyserve.server import log, run
     except ModuleNotFoundError as error:

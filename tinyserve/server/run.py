@@ -18,6 +18,7 @@ from tinyserve.errors import UsageError
 from tinyserve.server import Limits, Settings
 from tinyserve.server.access import Access, read_keys
 from tinyserve.server.app import build_app
+from tinyserve.server.page import add_page
 from tinyserve.server.service import Service
 
 logger = logging.getLogger("tinyserve")
@@ -42,6 +43,8 @@ class Listener:
                 self.port,
             )
         app = build_app(self._service, with_keys=bool(keys))
+        if settings.ui:
+            add_page(app, self._service.models, settings)
         self._server = _Server(self._service, Access(app, self._service, keys))
 
     def lines(self) -> Iterator[str]:
