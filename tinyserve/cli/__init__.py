@@ -1,0 +1,59 @@
+"""The command line, ``tinyserve COMMAND``: a module a command, or a few that belong together.
+
+Each declares its arguments in ``add_to``, and every command is a function of them. Results go to
+stdout, everything else to stderr. Exit codes: 0 clean, 1 failure, 2 usage, 3 finished but some
+inputs failed, 4 a model is not what it was, 5 the device asked for cannot run.
+
+What only one command needs is imported inside its function: of a cold start, most is imports.
+"""
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Sequence
+
+from tinyserve.cli import adopt, bench, checks, classify, doctor, models, serve, triton
+from tinyserve.errors import TinyserveError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = _parser().parse_args(argv)
+    logging.basicConfig(format="tinyserve: %(message)s", level=logging.WARNING, force=True)
+    for stream in (sys.stdout, sys.stderr):
+        # File names need not be valid in the terminal's encoding, and printing must not fail.
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        code: int = arguments.command(arguments)
+        sys.stdout.flush()
+        return code
+    except TinyserveError as error:
+        print(f"tinyserve: {error}", file=sys.stderr)
+        return error.exit_code
+    except BrokenPipeError:  # the reader, `head` for one, has seen enough
+        return 0
+    except KeyboardInterrupt:
+        print("tinyserve: interrupted", file=sys.stderr)
+        return 130
+    finally:
+        _let_go_of_stdout()
+
+
+def _let_go_of_stdout() -> None:
+    """What could not be written must not fail once more, and aloud, when Python closes stdout."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="tinyserve", description="Classify images with small, self-describing ONNX models."
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    # In this order they are in the help.
+    for module in (classify, models, checks, bench, adopt, doctor, triton, serve):
+        module.add_to(commands)
+    return parser

@@ -1,0 +1,54 @@
+"""``tinyserve adopt``: a model file of somebody else's network."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from tinyserve.cli.arguments import Commands, _at_least_one
+
+
+def add_to(commands: Commands) -> None:
+    command = commands.add_parser(
+        "adopt",
+        help="make a model file of any image classifier in ONNX",
+        description="Wrap an ONNX classifier that takes normalised images, float [batch, 3, N, N], "
+        "so that everything here can serve it: preprocessing and softmax go into its graph.",
+    )
+    command.set_defaults(command=adopt)
+    add = command.add_argument
+    add("source", metavar="MODEL.onnx")
+    add("--labels", metavar="FILE", required=True, help="a class a line, in the output's order")
+    add("--mean", type=_three_numbers, required=True, help="R,G,B in units of 0..1")
+    add("--std", type=_three_numbers, required=True, help="R,G,B in units of 0..1")
+    add("--size", type=_at_least_one, required=True, help="side of the images, in pixels")
+    add("-o", "--output", metavar="OUT.onnx", required=True)
+
+
+def adopt(arguments: argparse.Namespace) -> int:
+    from tinyserve.adopt import adopt as adopt_model
+    from tinyserve.adopt import read_labels
+
+    output = Path(arguments.output)
+    card = adopt_model(
+        Path(arguments.source),
+        output,
+        labels=read_labels(Path(arguments.labels)),
+        mean=arguments.mean,
+        std=arguments.std,
+        size=arguments.size,
+    )
+    print(output)
+    (entry,) = card.evidence
+    print(
+        f"largest difference of a probability from {entry.reference}: {entry.max_difference:.1e}, "
+        f"batches of {', '.join(map(str, entry.batch_sizes))}",
+        file=sys.stderr,
+    )
+    return 0
+
+
+def _three_numbers(text: str) -> list[float]:
+    numbers = [float(part) for part in text.split(",")]
+    if len(numbers) != 3:
+        raise argparse.ArgumentTypeError("must be three numbers, separated by commas")
+    return numbers

@@ -1,0 +1,38 @@
+"""The arguments that several commands take: how they are declared, and what they stand for."""
+
+import argparse
+from pathlib import Path
+from typing import TypeAlias
+
+from tinyserve.devices import DEVICES, preferred_precisions
+from tinyserve.modelfile import find_model
+
+Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+
+
+def add_model(command: argparse.ArgumentParser, name: str = "model") -> None:
+    command.add_argument(name, metavar=name.upper(), help="name or .onnx file")
+
+
+def add_device(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--device", choices=DEVICES, help="default: $TINYSERVE_DEVICE or auto")
+
+
+def add_json(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--json", action="store_true")
+
+
+def _at_least_one(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return number
+
+
+def file_of(model: str) -> Path:
+    """The file that ``classify`` would use."""
+    return find_model(model, preferred_precisions())
+
+
+def model_name(model: str) -> str:
+    return Path(model).name.removesuffix(".onnx")

@@ -1,0 +1,104 @@
+"""``tinyserve bench``: how fast the models are on this machine."""
+
+import argparse
+import dataclasses
+import json
+import sys
+from typing import TYPE_CHECKING
+
+from tinyserve.cli.arguments import Commands, _at_least_one, add_json, file_of, model_name
+from tinyserve.cli.terminal import print_columns
+from tinyserve.devices import DEVICES, default_threads, device_name
+from tinyserve.modelfile import installed_models
+
+if TYPE_CHECKING:
+    from tinyserve.bench import Measurement
+
+
+def add_to(commands: Commands) -> None:
+    command = commands.add_parser(
+        "bench",
+        help="measure the models on this machine",
+        description="Measure speed, latency, cold start and memory of models on this machine, and "
+        "keep the fastest settings for `classify --tuned`.",
+    )
+    command.set_defaults(command=bench)
+    add = command.add_argument
+    add(
+        "-m",
+        "--model",
+        action="append",
+        help="name or .onnx file, repeatable (default: every file that is installed)",
+    )
+    add("--device", action="append", choices=DEVICES, help="repeatable (default: auto)")
+    add(
+        "-j",
+        "--workers",
+        action="append",
+        type=_at_least_one,
+        metavar="N",
+        help="repeatable (default: 1 and one a core)",
+    )
+    add(
+        "-b",
+        "--batch-size",
+        nargs="+",
+        type=_at_least_one,
+        default=[1, 8, 32, 64],
+        metavar="N",
+        help="default: 1 8 32 64",
+    )
+    add("--seconds", type=float, default=1.0, help="for each figure (default: %(default)s)")
+    add_json(command)
+
+
+def bench(arguments: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
+    from tinyserve import bench as bench_module
+
+    files = [file_of(name) for name in arguments.model or installed_models()]
+    workers = arguments.workers or sorted({1, default_threads()})
+    found = []
+    seconds = arguments.seconds
+    measured = bench_module.measure(
+        files, arguments.device or ["auto"], workers, arguments.batch_size, seconds=seconds
+    )
+    total = len(files) * len(arguments.device or ["auto"]) * len(workers)
+    with tqdm(total=total * len(arguments.batch_size), disable=None, leave=False) as bar:
+        for entry in measured:
+            found.append(entry)
+            bar.update()
+    fastest = bench_module.best(found)
+    saved = bench_module.save(fastest)
+    if arguments.json:
+        print(json.dumps([dataclasses.asdict(entry) for entry in found], indent=2))
+    else:
+        print_columns([_BENCH_HEADER, *(_bench_row(entry, fastest) for entry in found)])
+        print("images/s; * the fastest of each file from image files to rows")
+    print(f"kept for classify --tuned: {saved}", file=sys.stderr)
+    return 0
+
+
+_BENCH_HEADER = (
+    *("model", "device", "workers", "batch", "session", "end to end", "ratio"),
+    *("one image p50", "p99", "cold start", "memory"),
+)
+
+
+def _bench_row(entry: "Measurement", fastest: dict[str, "Measurement"]) -> tuple[str, ...]:
+    settings = entry.settings
+    memory = "" if entry.peak_bytes is None else f"{entry.peak_bytes / 2**20:.0f} MiB"
+    return (
+        model_name(entry.file),
+        device_name(entry.provider),
+        str(settings.workers),
+        str(settings.batch_size),
+        f"{entry.session:,.0f}",
+        f"{entry.end_to_end:,.0f}{' *' if fastest[entry.file] is entry else ''}",
+        f"{entry.end_to_end / entry.session:.2f}",
+        f"{entry.p50_ms:.2f} ms",
+        f"{entry.p99_ms:.2f} ms",
+        f"{entry.cold_start:.2f} s",
+        memory,
+    )

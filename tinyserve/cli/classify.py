@@ -1,0 +1,306 @@
+"""``tinyserve classify``: the rows, and the summary of them all."""
+
+import argparse
+import contextlib
+import dataclasses
+import itertools
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from tinyserve import rayjob
+from tinyserve.archives import is_archive
+from tinyserve.classifier import Classifier
+from tinyserve.cli.arguments import Commands, _at_least_one, add_device, model_name
+from tinyserve.cli.terminal import SOME_FAILED, progress
+from tinyserve.confidence import in_words, operating_point
+from tinyserve.dataset import find_inputs
+from tinyserve.devices import default_threads, device_name, preferred_precisions
+from tinyserve.errors import OutputError, UsageError
+from tinyserve.modelfile import DEFAULT_MODEL, PRECISIONS, find_model
+from tinyserve.output import FORMATS, format_of, open_rows
+from tinyserve.report import Summary, Tally
+from tinyserve.resume import Resumed
+
+_BATCH_SIZE = 32
+
+_FIRST = 10_000
+"""Inputs that are listed before work begins: a bar and a table are laid out after them."""
+
+
+def add_to(commands: Commands) -> None:
+    command = commands.add_parser(
+        "classify",
+        help="classify image files",
+        description="Classify images, one row for each. Labels are found by themselves in class "
+        "folders and in Tiny ImageNet's splits, and then the accuracy is part of the summary.",
+    )
+    command.set_defaults(command=classify)
+    add = command.add_argument
+    add(
+        "paths",
+        nargs="+",
+        metavar="PATH",
+        help="files, folders (searched recursively), globs, .zip, .tar and .parquet archives, or - "
+        "for paths on stdin",
+    )
+    add("-m", "--model", default=DEFAULT_MODEL, help="name or .onnx file (default: %(default)s)")
+    add("-k", "--topk", type=_at_least_one, default=5, help="predictions an image (default: 5)")
+    add("-b", "--batch-size", type=_at_least_one, help=f"default: {_BATCH_SIZE}")
+    add_device(command)
+    add(
+        "--precision",
+        choices=("auto", *PRECISIONS),
+        default="auto",
+        help="of a model that is there in several (default: auto, what suits the device)",
+    )
+    add(
+        "-j",
+        "--workers",
+        type=_at_least_one,
+        metavar="N",
+        help="batches at a time, between which the cores are shared (default: one a core)",
+    )
+    add(
+        "--tuned",
+        action="store_true",
+        help="with the device, workers and batch size that `tinyserve bench` found fastest here",
+    )
+    add("--no-self-test", action="store_true", help="do not replay the file's golden images first")
+    add("--format", choices=FORMATS, help="default: table, or by the suffix of -o")
+    add(
+        "--submission",
+        dest="format",
+        action="store_const",
+        const="submission",
+        help="write what Tiny ImageNet's test server takes: file name and WordNet id",
+    )
+    add("-o", "--output", metavar="FILE", help="write the rows here instead of to stdout")
+    add(
+        "--ray",
+        nargs="?",
+        const=rayjob.LOCAL,
+        metavar="ADDRESS",
+        help="on the machines of a Ray cluster (default: one that is started here); -o is a folder",
+    )
+    add("--resume", action="store_true", help="keep the rows in -o that still hold, add the others")
+    add("--max-errors", type=_none_or_more, metavar="N", help="stop when more inputs than N failed")
+    add("--summary", metavar="FILE", help="write the summary here, too, as JSON")
+    add("--report", type=Path, metavar="DIR", help="write a page with all figures into this folder")
+    least = command.add_mutually_exclusive_group().add_argument
+    least("--min-confidence", type=_share, metavar="P", help="what is less sure becomes unknown")
+    least(
+        "--target-precision",
+        type=_share,
+        metavar="P",
+        help="the least confidence that was right so often on the images held out of training",
+    )
+
+
+def classify(arguments: argparse.Namespace) -> int:
+    if arguments.ray is not None:
+        return _classify_with_ray(arguments)
+    output = arguments.output
+    format_ = arguments.format or format_of(output)
+    if arguments.resume and output is None:
+        raise UsageError("--resume goes on with the file that -o names")
+    inputs = find_inputs(arguments.paths)
+    settings = _settings(arguments)
+    classifier = Classifier(
+        arguments.model,
+        precision=arguments.precision,
+        device=settings.device,
+        streams=settings.workers,
+        self_test=not arguments.no_self_test,
+    )
+    k = min(arguments.topk, len(classifier.card.labels))
+    threshold = arguments.min_confidence
+    if arguments.target_precision is not None:
+        point = operating_point(classifier.card, arguments.target_precision)
+        threshold = point.threshold
+        print(f"tinyserve: {in_words(point, classifier.card)}", file=sys.stderr)
+    tally = Tally()
+    collectors = [tally.add]
+    if arguments.report is not None:
+        from tinyserve import htmlreport, statistics  # a single image shall not wait for them
+
+        htmlreport.make_folder(arguments.report)
+        figures = statistics.Statistics(classifier.card)
+        collectors.append(figures.add)
+    if arguments.resume:
+        resumed = Resumed(output, format_, classifier, k, threshold)
+        for result in resumed.results():
+            for collect in collectors:
+                collect(result)
+        inputs = resumed.left(inputs)
+    kept = tally.inputs
+    first = list(itertools.islice(inputs, _FIRST))
+    start = time.perf_counter()
+    with (
+        open_rows(
+            output,
+            format_,
+            inputs=first,
+            k=k,
+            model=classifier.card.fingerprint,
+            append=kept > 0,
+        ) as write,
+        contextlib.closing(
+            classifier.classify_many(
+                itertools.chain(first, inputs), k=k, batch_size=settings.batch_size
+            )
+        ) as results,
+        progress(len(first) if len(first) < _FIRST else None, rows=output is None) as advance,
+    ):
+        for result in results:
+            result = result.at_least(threshold)
+            for collect in collectors:
+                collect(result)
+            write(result)
+            advance()
+            if arguments.max_errors is not None and tally.failed > arguments.max_errors:
+                break
+    summary = tally.summary(
+        model=model_name(arguments.model),
+        precision=classifier.card.precision,
+        provider=classifier.engine.provider,
+        seconds=time.perf_counter() - start,
+        kept=kept,
+        min_confidence=threshold,
+    )
+    code = _conclude(arguments, summary)
+    if arguments.report is not None:
+        htmlreport.write_report(arguments.report, figures.report(summary, arguments.paths))
+        print(f"report: {arguments.report / htmlreport.PAGE}", file=sys.stderr)
+    return code
+
+
+def _classify_with_ray(arguments: argparse.Namespace) -> int:
+    if arguments.output is None:
+        raise UsageError("--ray wants -o, a folder")
+    for option in ("resume", "tuned", "report", "min_confidence", "target_precision"):
+        if getattr(arguments, option) not in (None, False):
+            raise UsageError(f"--ray goes without --{option.replace('_', '-')}")
+    if archives := [path for path in arguments.paths if is_archive(path)]:
+        raise UsageError(f"--ray takes files, folders and URIs; unpack {archives[0]} first")
+    job = rayjob.Job(
+        model=arguments.model,
+        precision=arguments.precision,
+        device=arguments.device or os.environ.get("TINYSERVE_DEVICE") or "auto",
+        format=arguments.format or "jsonl",
+        k=arguments.topk,
+        batch_size=arguments.batch_size or _BATCH_SIZE,
+        workers=arguments.workers or 1,
+        self_test=not arguments.no_self_test,
+    )
+    inputs = list(find_inputs(arguments.paths))
+    tally = Tally()
+    precision, providers = "", set()
+    start = time.perf_counter()
+    with (
+        contextlib.closing(
+            rayjob.classify(job, inputs, arguments.output, address=arguments.ray)
+        ) as parts,
+        progress(len(inputs)) as advance,
+    ):
+        for part in parts:
+            tally.merge(part.tally)
+            precision = part.precision
+            providers.add(part.provider)
+            advance(part.tally.inputs)
+            if arguments.max_errors is not None and tally.failed > arguments.max_errors:
+                break
+    summary = tally.summary(
+        model=model_name(arguments.model),
+        precision=precision,
+        provider=", ".join(sorted(providers)),
+        seconds=time.perf_counter() - start,
+    )
+    return _conclude(arguments, summary)
+
+
+def _conclude(arguments: argparse.Namespace, summary: Summary) -> int:
+    if arguments.max_errors is not None and summary.failed > arguments.max_errors:
+        print(
+            f"tinyserve: stopped: more than {arguments.max_errors:,} inputs failed",
+            file=sys.stderr,
+        )
+    for line in _summary_lines(summary):
+        print(line, file=sys.stderr)
+    if arguments.summary:
+        document = json.dumps(dataclasses.asdict(summary), indent=2) + "\n"
+        try:
+            Path(arguments.summary).write_text(document)
+        except OSError as error:
+            raise OutputError(f"cannot write {arguments.summary}: {error.strerror}") from error
+    return SOME_FAILED if summary.failed else 0
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Settings:
+    device: str | None
+    workers: int
+    batch_size: int
+
+
+def _settings(arguments: argparse.Namespace) -> _Settings:
+    """What the arguments say, then with --tuned what was measured, then the defaults."""
+    tuned = None
+    device = arguments.device
+    if arguments.tuned:
+        from tinyserve import bench as bench_module
+
+        precision = arguments.precision
+        precisions = preferred_precisions(device) if precision == "auto" else (precision,)
+        tuned = bench_module.tuned(find_model(arguments.model, precisions))
+    return _Settings(
+        device=device or (tuned.device if tuned else None),
+        workers=arguments.workers or (tuned.workers if tuned else default_threads()),
+        batch_size=arguments.batch_size or (tuned.batch_size if tuned else _BATCH_SIZE),
+    )
+
+
+def _summary_lines(summary: Summary) -> Iterator[str]:
+    kept = f", {summary.kept:,} of them done before" if summary.kept else ""
+    yield (
+        f"{summary.inputs:,} images{kept}, {summary.failed:,} failed; {summary.model} "
+        f"({summary.precision}) on {device_name(summary.provider)}, "
+        f"{summary.seconds:.1f} s, {summary.images_per_second:,.0f} images/s"
+    )
+    if summary.top1 is not None and summary.top1_ci95 is not None and summary.top5 is not None:
+        low, high = summary.top1_ci95
+        yield (
+            f"top-1 {100 * summary.top1:.2f} % ({round(summary.top1 * summary.labelled):,} of "
+            f"{summary.labelled:,} labelled; 95 % {100 * low:.2f} to {100 * high:.2f}), "
+            f"top-5 {100 * summary.top5:.2f} %"
+        )
+    if summary.min_confidence is not None and summary.coverage is not None:
+        line = (
+            f"decided at {summary.min_confidence:.2f} or more: {summary.ok:,}, "
+            f"{100 * summary.coverage:.2f} %; {summary.unknown:,} unknown"
+        )
+        if summary.decided_top1 is not None and summary.decided_top1_ci95 is not None:
+            low, high = summary.decided_top1_ci95
+            line += (
+                f"; top-1 of the decided {100 * summary.decided_top1:.2f} % "
+                f"(of {summary.decided_labelled:,} labelled; "
+                f"95 % {100 * low:.2f} to {100 * high:.2f})"
+            )
+        yield line
+
+
+def _share(text: str) -> float:
+    number = float(text)
+    if not 0 <= number <= 1:
+        raise argparse.ArgumentTypeError("must be from 0 to 1")
+    return number
+
+
+def _none_or_more(text: str) -> int:
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError("must be at least 0")
+    return number

@@ -1,0 +1,29 @@
+"""``tinyserve triton``: a model repository for NVIDIA Triton."""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from tinyserve.cli.arguments import Commands, file_of, model_name
+
+
+def add_to(commands: Commands) -> None:
+    command = commands.add_parser("triton", help="write a model repository for NVIDIA Triton")
+    command.set_defaults(command=triton)
+    add = command.add_argument
+    add("output", metavar="OUT", help="folder of the repository")
+    add("-m", "--model", required=True, help="names or .onnx files, separated by commas")
+
+
+def triton(arguments: argparse.Namespace) -> int:
+    from tinyserve.triton import write_repository
+
+    models = {model_name(name): file_of(name) for name in arguments.model.split(",")}
+    for folder in write_repository(Path(arguments.output), models):
+        print(folder)
+    print(
+        f"serve it with: tritonserver --model-repository={os.path.abspath(arguments.output)}",
+        file=sys.stderr,
+    )
+    return 0
