@@ -279,7 +279,8 @@ def test_compare_goes_on_past_a_broken_image_and_says_so(samples, tmp_path):
 
 
 COMMANDS = (
-    *("classify", "models", "info", "labels", "verify", "compare", "bench", "adopt", "triton"),
+    *("classify", "models", "info", "labels", "verify", "compare", "bench", "doctor", "adopt"),
+    *("triton", "serve"),
 )
 
 

@@ -1,10 +1,14 @@
 """What pyproject.toml asks for."""
 
+import json
+import re
 import tomllib
 from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+
+from tinyserve.cli import _parser
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -47,3 +51,21 @@ def test_the_shipped_models_are_small_enough_to_be_cloned():
     }
     assert {path.suffix for path in files} == {".onnx"}
     assert sum(path.stat().st_size for path in files) <= 64 * 2**20
+
+
+def test_the_container_runs_a_command_that_there_is():
+    text = (ROOT / "Dockerfile").read_text()
+    entrypoint, command = (
+        json.loads(re.search(rf"^{word} (\[.*\])$", text, re.M)[1])
+        for word in ("ENTRYPOINT", "CMD")
+    )
+    arguments = _parser().parse_args([*entrypoint[1:], *command])
+    assert (entrypoint[0], arguments.host, arguments.model) == (
+        "tinyserve",
+        "0.0.0.0",
+        ["resnet20"],
+    )
+    assert re.search(r"^USER [1-9]\d+$", text, re.M)
+    assert f":{arguments.port}/v2/health/ready" in text
+    for sources in re.findall(r"^COPY (?!--from)(.*) \S+$", text, re.M):
+        assert all((ROOT / source).exists() for source in sources.split())

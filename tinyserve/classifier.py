@@ -115,7 +115,7 @@ class Classifier:
         :class:`~tinyserve.errors.ImageError` where it is no usable image.
         """
         image = images.load(source, size=self.card.image_size)
-        return self._top(self.engine.run(image[None])[0], k)
+        return self.top(self.engine.run(image[None])[0], k)
 
     def classify_many(
         self, inputs: Iterable[Input | str], k: int = 5, batch_size: int = 32
@@ -175,9 +175,11 @@ class Classifier:
         if row is None:
             return Result(item, version, error, (), label, None)
         rank = None if index is None else _rank(row, index)
-        return Result(item, version, None, self._top(row, k), label, rank)
+        return Result(item, version, None, self.top(row, k), label, rank)
 
-    def _top(self, row: NDArray[np.float32], k: int) -> tuple[Prediction, ...]:
+    def top(self, row: NDArray[np.float32], k: int) -> tuple[Prediction, ...]:
+        """The ``k`` likeliest classes, best first, in a row of probabilities, float32
+        ``[classes]``."""
         best = np.argsort(-row, kind="stable")[:k]
         labels = self.card.labels
         return tuple(

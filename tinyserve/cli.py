@@ -12,6 +12,7 @@ import dataclasses
 import itertools
 import json
 import logging
+import math
 import os
 import sys
 import time
@@ -39,6 +40,7 @@ from tinyserve.modelfile import (
 from tinyserve.output import FORMATS, format_of, open_rows
 from tinyserve.report import Summary, Tally
 from tinyserve.resume import Resumed
+from tinyserve.server import LOG_FORMATS
 
 if TYPE_CHECKING:
     from tinyserve.bench import Measurement
@@ -518,6 +520,26 @@ def _bench_row(entry: "Measurement", fastest: dict[str, "Measurement"]) -> tuple
     )
 
 
+def serve(arguments: argparse.Namespace) -> int:
+    from tinyserve.server import Settings
+    from tinyserve.server import serve as serve_http
+
+    serve_http(
+        Settings(
+            models=tuple(arguments.model or [DEFAULT_MODEL]),
+            host=arguments.host,
+            port=arguments.port,
+            device=arguments.device,
+            max_batch_size=arguments.max_batch_size,
+            max_delay_ms=arguments.max_delay_ms,
+            max_queue=arguments.max_queue,
+            api_key_file=Path(arguments.api_key_file) if arguments.api_key_file else None,
+            log_format=arguments.log_format,
+        )
+    )
+    return 0
+
+
 def _validation_folder(data: str) -> str:
     """``val/`` of a data set, or the folder itself."""
     inside = os.path.join(data, "val")
@@ -666,6 +688,20 @@ def _none_or_more(text: str) -> int:
     number = int(text)
     if number < 0:
         raise argparse.ArgumentTypeError("must be at least 0")
+    return number
+
+
+def _not_negative(text: str) -> float:
+    number = float(text)
+    if not 0 <= number < math.inf:
+        raise argparse.ArgumentTypeError("must be a number from 0")
+    return number
+
+
+def _port(text: str) -> int:
+    number = int(text)
+    if not 0 <= number <= 65_535:
+        raise argparse.ArgumentTypeError("must be from 0 to 65535")
     return number
 
 
@@ -845,6 +881,41 @@ def _parser() -> argparse.ArgumentParser:
     add = command.add_argument
     add("output", metavar="OUT", help="folder of the repository")
     add("-m", "--model", required=True, help="names or .onnx files, separated by commas")
+
+    command = commands.add_parser(
+        "serve",
+        help="serve models over HTTP",
+        description="Serve models over HTTP: the Open Inference Protocol V2 under /v2, /classify "
+        "for files as they are, /metrics for Prometheus; /docs lists it all. A model file that is "
+        "replaced takes over without a restart.",
+    )
+    command.set_defaults(command=serve)
+    add = command.add_argument
+    add(
+        "-m",
+        "--model",
+        action="append",
+        help=f"name or .onnx file; may be repeated, the first is the default of /classify "
+        f"(default: {DEFAULT_MODEL})",
+    )
+    add("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
+    add("--port", type=_port, default=8000, help="default: %(default)s; 0 for any")
+    add("--device", choices=DEVICES, help="default: $TINYSERVE_DEVICE or auto")
+    add("--max-batch-size", type=_at_least_one, default=32, help="default: %(default)s")
+    add(
+        "--max-delay-ms",
+        type=_not_negative,
+        default=0.0,
+        help="for which an image waits for others while nothing is computed (default: 0)",
+    )
+    add(
+        "--max-queue",
+        type=_at_least_one,
+        default=256,
+        help="images on their way at a time; more are told to come back (default: %(default)s)",
+    )
+    add("--api-key-file", metavar="FILE", help="ask for one of the keys in it, one a line")
+    add("--log-format", choices=LOG_FORMATS, default="text", help="of requests, on stderr")
     return parser
 
 

@@ -9,6 +9,8 @@
      ├─ OutputError                     1   results that cannot be written
      ├─ ModelFileError                  1   a model that is missing, damaged or not ours
      ├─ CheckpointError                 1   a training run that cannot be read
+     ├─ RequestError                    1   a request over HTTP that cannot be served
+     ├─ BusyError                       1   a full queue
      ├─ GateError                       4   an accuracy or parity gate failed
      └─ DeviceError                     5   the device asked for cannot run
 
@@ -45,6 +47,22 @@ class ModelFileError(TinyserveError):
 
 class CheckpointError(TinyserveError):
     pass
+
+
+class RequestError(TinyserveError):
+    """``status`` is the HTTP status of the answer."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class BusyError(TinyserveError):
+    """``retry_after``: in how many seconds it is worth another try."""
+
+    def __init__(self, message: str, *, retry_after: int) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
 
 
 class GateError(TinyserveError):

@@ -1,0 +1,58 @@
+"""``tinyserve serve --ui``: the page and the protocol on one address, over one predictor."""
+
+import subprocess
+import sys
+
+import pytest
+from serving import running
+
+from tinyserve import Classifier
+
+pytest.importorskip("gradio")
+
+# Gradio and its client, imported into this process, warn of their own affairs.
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture(scope="module")
+def server():
+    with running("inception", ui=True) as server:
+        yield server
+
+
+def test_the_page_takes_no_route_away(server):
+    assert "tinyserve" in server.get("/").text
+    assert server.get("/v2/health/ready").status_code == 200
+    assert server.get("/v2/models/inception").json()["name"] == "inception"
+    assert server.get("/metrics").text.startswith("# HELP")
+    assert server.get("/docs").status_code == 200
+    assert server.get("/nowhere").status_code == 404
+
+
+def test_the_same_picture_has_the_same_answer_everywhere(server, samples):
+    from gradio_client import Client, handle_file
+
+    path = samples / "teapot" / "val_568.JPEG"
+    expected = [p.probability for p in Classifier("inception", device="cpu").classify(path)]
+    posted = server.post("/classify", content=path.read_bytes()).json()["predictions"]
+    client = Client(f"http://127.0.0.1:{server.port}", verbose=False)
+    page = client.predict(handle_file(str(path)), "inception", api_name="/classify")
+    for predictions in (posted, page["predictions"]):
+        found = [prediction["probability"] for prediction in predictions]
+        assert found == pytest.approx(expected, abs=1e-6)
+
+
+def test_browsers_have_no_keys(tmp_path):
+    (tmp_path / "keys").write_text("secret\n")
+    run = subprocess.run(
+        [
+            *(sys.executable, "-m", "tinyserve.cli", "serve", "--port", "0"),
+            *("--ui", "--api-key-file", str(tmp_path / "keys")),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert run.returncode == 2
+    assert "--ui goes without --api-key-file" in run.stderr
+    assert len(run.stderr.splitlines()) == 1

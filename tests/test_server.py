@@ -1,0 +1,621 @@
+"""``tinyserve serve`` over real connections: routes, limits, faults, new model files."""
+
+import asyncio
+import base64
+import dataclasses
+import http.client
+import json
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import numpy as np
+import pytest
+from serving import SECONDS, running, until
+
+from tinyserve import Classifier, images
+from tinyserve.engine import Engine
+from tinyserve.errors import ModelFileError, UsageError
+from tinyserve.modelfile import find_model
+from tinyserve.server import Limits, Settings
+from tinyserve.server.models import Models
+from tinyserve.server.run import Listener
+
+INFER = "/v2/models/inception/infer"
+
+
+@pytest.fixture(scope="module")
+def server():
+    with running("inception", "baseline") as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def classifier():
+    return Classifier("inception", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def goldfish(samples):
+    return (samples / "goldfish" / "val_68.JPEG").read_bytes()
+
+
+def files_document(*files, **more):
+    data = [base64.b64encode(file).decode() for file in files]
+    tensor = {"name": "image_bytes", "datatype": "BYTES", "shape": [len(files)], "data": data}
+    return {"inputs": [tensor], **more}
+
+
+def pixels_document(pixels, **more):
+    tensor = {"name": "images", "datatype": "UINT8", "shape": pixels.shape, "data": pixels.tolist()}
+    return {"inputs": [tensor], **more}
+
+
+def test_a_picture_is_the_same_everywhere(server, classifier, samples):
+    paths = sorted(samples.glob("*/*.JPEG"))[::6]
+    for path in paths:
+        data = path.read_bytes()
+        expected = {p.index: p.probability for p in classifier.classify(path, k=200)}
+        classify = server.post("/classify?k=200", content=data).json()
+        by_classify = {p["index"]: p["probability"] for p in classify["predictions"]}
+        by_file = server.post(INFER, json=files_document(data)).json()["outputs"][0]["data"]
+        pixels = images.load(path, size=64)[None]
+        by_pixels = server.post(INFER, json=pixels_document(pixels)).json()["outputs"][0]["data"]
+        assert by_classify == pytest.approx(expected, abs=1e-6)
+        assert dict(enumerate(by_file)) == pytest.approx(expected, abs=1e-6)
+        assert dict(enumerate(by_pixels)) == pytest.approx(expected, abs=1e-6)
+
+
+def test_many_pictures_come_back_in_their_order(server, classifier, samples):
+    paths = sorted(samples.glob("*/*.JPEG"))  # more than a batch holds
+    answer = server.post(INFER, json=files_document(*(path.read_bytes() for path in paths))).json()
+    (output,) = answer["outputs"]
+    assert output["shape"] == [40, 200]
+    rows = np.array(output["data"]).reshape(40, 200)
+    best = [classifier.classify(path)[0] for path in paths]
+    assert rows.argmax(axis=1).tolist() == [prediction.index for prediction in best]
+    assert rows.max(axis=1) == pytest.approx([p.probability for p in best], abs=1e-5)
+
+
+def test_classify_gives_the_likeliest_classes(server, classifier, goldfish):
+    answer = server.post("/classify?k=3", content=goldfish).json()
+    assert answer["model"] == "inception"
+    expected = [dataclasses.asdict(p) for p in classifier.classify(goldfish, k=3)]
+    for found, wanted in zip(answer["predictions"], expected, strict=True):
+        assert found == {**wanted, "probability": pytest.approx(wanted["probability"], abs=1e-6)}
+
+
+def test_classify_by_another_model(server, goldfish):
+    answer = server.post("/classify?model=baseline", content=goldfish).json()
+    best = Classifier("baseline", device="cpu").classify(goldfish)[0]
+    assert answer["model"] == "baseline"
+    assert answer["predictions"][0]["index"] == best.index
+
+
+def test_classify_takes_several_files_and_a_bad_one_harms_none(server, classifier, goldfish):
+    files = [("a", ("a.jpg", goldfish)), ("b", ("b.txt", b"text")), ("c", ("ü.jpg", goldfish))]
+    response = server.post("/classify", files=files)
+    first, second, third = response.json()["results"]
+    assert response.status_code == 200
+    assert (first["file"], second["file"], third["file"]) == ("a.jpg", "b.txt", "ü.jpg")
+    assert "not an image" in second["error"]
+    best = classifier.classify(goldfish)[0].index
+    assert first["predictions"][0]["index"] == third["predictions"][0]["index"] == best
+
+
+def test_a_form_of_nothing_but_bad_files_is_refused(server):
+    response = server.post("/classify", files={"a": b"text", "b": b""})
+    assert response.status_code == 422
+    assert len(response.json()["results"]) == 2
+
+
+def test_what_the_server_says_of_itself_and_its_models(server):
+    assert server.get("/v2").json()["extensions"] == ["binary_tensor_data", "classification"]
+    assert server.get("/v2/health/live").json() == {"live": True}
+    ready = server.get("/v2/health/ready").json()
+    assert ready == {"ready": True, "devices": {"inception": "CPU", "baseline": "CPU"}}
+    assert server.get("/v2/models/baseline/ready").json() == {"name": "baseline", "ready": True}
+    assert server.get("/v2/models/baseline/versions/1/ready").status_code == 200
+    metadata = server.get("/v2/models/inception").json()
+    assert metadata == server.get("/v2/models/inception/versions/1").json()
+    assert metadata["inputs"][0]["shape"] == [-1, 64, 64, 3]
+    assert metadata["outputs"] == [
+        {"name": "probabilities", "datatype": "FP32", "shape": [-1, 200]}
+    ]
+    assert metadata["parameters"]["device"] == "CPU"
+    assert metadata["parameters"]["precision"] == "int8"
+    index = server.post("/v2/repository/index", json={"ready": True}).json()
+    assert [entry["name"] for entry in index] == ["inception", "baseline"]
+    assert index == server.post("/v2/repository/index").json()
+
+
+JSON = {"Content-Type": "application/json"}
+FIELD = b'--x\r\nContent-Disposition: form-data; name="image"\r\n\r\ncat.jpg\r\n--x--\r\n'
+REFUSED = [
+    (404, "GET", "/nothing", b"", {}),
+    (404, "GET", "/v2/models/vgg", b"", {}),
+    (404, "GET", "/v2/models/inception/versions/2", b"", {}),
+    (404, "GET", "/v2/models/vgg/ready", b"", {}),
+    (404, "POST", "/v2/models/vgg/infer", b"{}", JSON),
+    (404, "POST", "/v2/models/inception/versions/2/infer", b"{}", JSON),
+    (404, "POST", "/classify?model=vgg", b"x", {}),
+    (405, "DELETE", "/v2", b"", {}),
+    (405, "GET", "/classify", b"", {}),
+    (400, "POST", INFER, b"no JSON", JSON),
+    (400, "POST", INFER, b"{}", {**JSON, "Inference-Header-Content-Length": "3"}),
+    (400, "POST", "/classify?k=0", b"x", {}),
+    (400, "POST", "/classify?k=many", b"x", {}),
+    (400, "POST", "/classify", b"no form", {"Content-Type": "multipart/form-data; boundary=x"}),
+    (400, "POST", "/classify", b"no form", {"Content-Type": "multipart/form-data"}),
+    (400, "POST", "/classify", FIELD, {"Content-Type": "multipart/form-data; boundary=x"}),
+    (400, "POST", "/v2/repository/index", b"[]", JSON),
+    (415, "POST", "/classify", b"{}", JSON),
+    (415, "POST", INFER, b"x", {"Content-Type": "image/jpeg"}),
+    (415, "POST", INFER, b"x", {"Content-Encoding": "gzip"}),
+    (422, "POST", "/classify", b"no picture", {}),
+    (422, "POST", "/classify", b"", {}),
+]
+
+
+@pytest.mark.parametrize(("status", "method", "path", "body", "headers"), REFUSED)
+def test_what_cannot_be_served_is_refused_in_one_line(server, status, method, path, body, headers):
+    response = server.request(method, path, content=body, headers=headers)
+    assert response.status_code == status
+    assert list(response.json()) == ["error"]
+    assert response.json()["error"] and "\n" not in response.json()["error"]
+
+
+def test_a_bad_picture_among_good_ones_is_named(server, goldfish):
+    response = server.post(INFER, json=files_document(goldfish, b"text", goldfish))
+    assert response.status_code == 422
+    assert response.json()["error"].startswith("image_bytes[1]: ")
+
+
+def test_a_picture_that_unpacks_to_too_much_is_refused(server, png_of_size):
+    response = server.post("/classify", content=png_of_size(30_000, 30_000))
+    assert response.status_code == 422
+    assert "too large" in response.json()["error"]
+
+
+def test_pixels_of_another_size_are_refused(server):
+    response = server.post(INFER, json=pixels_document(np.zeros((1, 32, 32, 3), np.uint8)))
+    assert response.status_code == 400
+    assert "[n, 64, 64, 3]" in response.json()["error"]
+
+
+def test_a_request_id_comes_back_if_it_is_sane(server):
+    def id_of(sent):
+        return server.get("/v2", headers={"X-Request-Id": sent}).headers["x-request-id"]
+
+    assert id_of("trace-1.a_B") == "trace-1.a_B"
+    assert id_of("two words") != "two words"
+    assert id_of("x" * 129) != "x" * 129
+    assert id_of("") != id_of("")
+
+
+def test_the_page_of_routes_loads_nothing_from_elsewhere(server):
+    page = server.get("/docs").text
+    document = server.get("/openapi.json").json()
+    assert "src=" not in page and "http" not in page
+    assert all(path in page for path in document["paths"])
+
+
+def test_metrics_count_what_happened(server, goldfish):
+    route = {"route": "/classify"}
+    good, bad = ({**route, "status": status} for status in ("200", "422"))
+    before = [
+        server.metric("tinyserve_requests_total", **good),
+        server.metric("tinyserve_requests_total", **bad),
+        server.metric("tinyserve_batch_images_sum", model="inception"),
+    ]
+    server.post("/classify", files=[("file", goldfish)] * 3)
+    server.post("/classify", content=b"text")
+    after = [
+        server.metric("tinyserve_requests_total", **good),
+        server.metric("tinyserve_requests_total", **bad),
+        server.metric("tinyserve_batch_images_sum", model="inception"),
+    ]
+    assert np.subtract(after, before).tolist() == [1, 1, 3]
+    assert server.metric("tinyserve_model_info", model="inception", device="CPU") == 1
+    assert server.metric("tinyserve_queue_images", model="inception") == 0
+    for stage in ("decode", "compute", "queue", "run"):
+        assert server.metric("tinyserve_stage_seconds_count", stage=stage) > 0
+
+
+def test_keys_open_everything_and_health_needs_none(goldfish, tmp_path):
+    keys = tmp_path / "keys"
+    keys.write_text("first\nsecond\n\n")
+    with running(api_key_file=keys) as server:
+        for key in ("first", "second"):
+            headers = {"Authorization": f"Bearer {key}"}
+            assert server.post("/classify", content=goldfish, headers=headers).status_code == 200
+        for value in ("", "first", "Bearer", "Bearer third", "Basic first", "Bearer ü"):
+            headers = {"Authorization": value.encode()}
+            for path in ("/v2", "/metrics", "/docs", "/openapi.json", "/nothing"):
+                response = server.get(path, headers=headers)
+                assert (response.status_code, list(response.json())) == (401, ["error"])
+                assert response.headers["www-authenticate"] == "Bearer"
+        assert server.get("/v2/health/live").status_code == 200
+        document = server.get("/openapi.json", headers={"Authorization": "Bearer first"}).json()
+        assert document["security"]
+
+
+def test_what_cannot_start_says_why(tmp_path):
+    empty = tmp_path / "keys"
+    empty.touch()
+    for error, words, settings in [
+        (ModelFileError, "unknown model", {"models": ("vgg",)}),
+        (UsageError, "two models", {"models": ("inception", "inception")}),
+        (UsageError, "holds no key", {"api_key_file": empty}),
+        (UsageError, "cannot read", {"api_key_file": tmp_path / "missing"}),
+        (UsageError, "cannot listen", {"host": "no such host", "models": ("inception",)}),
+    ]:
+        with pytest.raises(error, match=words):
+            Listener(Settings(**{"device": "cpu", "port": 0, **settings}))
+    with running() as server, pytest.raises(UsageError, match=f"port {server.port}"):
+        Listener(Settings(models=("inception",), device="cpu", port=server.port))
+
+
+def test_not_ready_before_it_is_warm(monkeypatch, goldfish):
+    warm = threading.Event()
+    start = Models.start
+
+    async def slow(models):
+        await asyncio.to_thread(warm.wait, SECONDS)
+        await start(models)
+
+    monkeypatch.setattr(Models, "start", slow)
+    with running(ready=False) as server:
+        try:
+            assert server.get("/v2/health/live").status_code == 200
+            ready = server.get("/v2/health/ready")
+            assert (ready.status_code, ready.json()["ready"]) == (503, False)
+            assert server.get("/v2/models/inception/ready").status_code == 503
+            assert server.post("/classify", content=goldfish).status_code == 503
+            assert server.post("/v2/repository/index").json()[0]["state"] == "UNAVAILABLE"
+            assert server.post("/v2/repository/index", json={"ready": True}).json() == []
+        finally:
+            warm.set()
+        until(lambda: server.get("/v2/health/ready").status_code == 200)
+        assert server.post("/classify", content=goldfish).status_code == 200
+
+
+LIMITS = Limits(
+    body_bytes=100_000,
+    json_bytes=20_000,
+    all_bodies_bytes=150_000,
+    head_seconds=0.5,
+    body_seconds=0.5,
+    answer_seconds=0.5,
+    leave_seconds=0.1,
+)
+
+
+@pytest.fixture(scope="module")
+def strict():
+    with running(limits=LIMITS, max_queue=8) as server:
+        yield server
+
+
+def test_a_body_that_is_too_long_by_its_header_or_by_counting(strict):
+    assert strict.post("/classify", content=bytes(100_001)).status_code == 413
+    chunks = (bytes(1000) for _ in range(101))  # of unknown length
+    assert strict.post("/classify", content=chunks).status_code == 413
+    assert strict.post("/classify", content=bytes(100_000)).status_code == 422
+
+
+def test_json_that_is_too_long(strict):
+    assert strict.post(INFER, content=b"[" * 20_001, headers=JSON).status_code == 413
+
+
+def test_more_pictures_than_the_queue_ever_holds(strict, goldfish):
+    assert strict.post("/classify", files=[("f", goldfish)] * 8).status_code == 200
+    assert strict.post("/classify", files=[("f", goldfish)] * 9).status_code == 413
+    assert strict.post(INFER, json=files_document(*[b"x"] * 9)).status_code == 413
+
+
+def connect(server):
+    timeout = SECONDS / 3  # less than for what idle connections are kept
+    return socket.create_connection((server.host, server.port), timeout=timeout)
+
+
+HEAD = b"POST /classify HTTP/1.1\r\nHost: x\r\nContent-Length: 50000\r\n"
+
+
+def rest_of(connection):
+    """What a server still says until it closes the connection."""
+    received = b""
+    try:
+        while data := connection.recv(65_536):
+            received += data
+    except ConnectionError:
+        pass
+    return received
+
+
+def test_a_body_that_comes_too_slowly(strict):
+    with connect(strict) as connection:
+        connection.sendall(HEAD + b"\r\n" + bytes(100))
+        assert b" 408 " in connection.recv(65_536).partition(b"\r\n")[0]
+
+
+@pytest.mark.parametrize("sent", [b"", b"GET / HT", HEAD, b"GET /v2 HTTP/1.1\r\n\r\nGET /v2 HT"])
+def test_a_head_that_never_ends_closes_the_connection(strict, sent):
+    with connect(strict) as connection:
+        connection.sendall(sent)
+        rest_of(connection)  # comes to an end
+
+
+def test_endless_headers_close_the_connection(strict):
+    with connect(strict) as connection, pytest.raises(ConnectionError):
+        connection.sendall(b"GET / HTTP/1.1\r\nX: ")
+        while True:
+            connection.sendall(bytes(b"x" * 65_536))
+
+
+def test_a_client_that_reads_no_answers_is_let_go(strict):
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.connect((strict.host, strict.port))
+        connection.sendall(b"GET /openapi.json HTTP/1.1\r\nHost: x\r\n\r\n" * 1000)
+        mine = connection.getsockname()
+        until(lambda: mine in clients_of(strict), "it was not even taken")
+        until(lambda: mine not in clients_of(strict), "the connection stays open")
+
+
+def clients_of(server):
+    connections = server.listener._server.server_state.connections
+    return {connection.client for connection in list(connections)}
+
+
+def test_all_bodies_together_are_bounded(strict):
+    with connect(strict) as first, connect(strict) as second:
+        for connection in (first, second):
+            head = b"POST /classify HTTP/1.1\r\nHost: x\r\nContent-Length: 90000\r\n\r\n"
+            connection.sendall(head + bytes(89_000))
+        statuses = sorted(c.recv(65_536).split(b" ", 2)[1] for c in (first, second))
+    assert statuses == [b"408", b"503"]
+
+
+@pytest.mark.slow
+def test_a_hundred_clients_each_that_stall_break_off_and_send_garbage(strict, goldfish):
+    garbage = np.random.default_rng(0)
+    before = {thread.name for thread in threading.enumerate()}
+    stalling = [connect(strict) for _ in range(100)]
+    for number, connection in enumerate(stalling):
+        connection.sendall((HEAD + b"\r\n" + bytes(100))[: 5 + number])
+    for number in range(100):
+        with connect(strict) as connection:
+            connection.sendall(HEAD + b"\r\n" + bytes(10 * number))
+    for number in range(100):
+        with connect(strict) as connection:
+            connection.sendall(garbage.bytes(10 + 10 * number))
+    assert strict.post("/classify", content=goldfish).status_code == 200
+    for connection in stalling:
+        rest_of(connection)
+        connection.close()
+    until(lambda: len(clients_of(strict)) <= 1, "connections stay open")
+    assert strict.metric("tinyserve_requests_total", status="500") == 0
+    assert strict.metric("tinyserve_queue_images") == 0
+    after = {thread.name for thread in threading.enumerate()}
+    assert {name for name in after - before if not name.startswith("decode")} == set()
+
+
+class Gate:
+    """Lets batches through one after the other."""
+
+    def __init__(self, monkeypatch):
+        self.open = threading.Event()
+        self.open.set()
+        self.waiting = threading.Event()
+        self.computed = []
+        run = Engine.run
+
+        def gated(engine, pixels):
+            if threading.current_thread().name == "batcher":
+                self.waiting.set()
+                assert self.open.wait(SECONDS)
+                self.computed.append(len(pixels))
+            return run(engine, pixels)
+
+        monkeypatch.setattr(Engine, "run", gated)
+
+    def close(self):
+        self.open.clear()
+        self.waiting.clear()
+
+
+@pytest.fixture
+def gate(monkeypatch):
+    gate = Gate(monkeypatch)
+    yield gate
+    gate.open.set()
+
+
+def test_requests_that_wait_are_computed_together(gate, goldfish):
+    with running() as server, ThreadPoolExecutor(9) as clients:
+        gate.close()
+        first = clients.submit(server.post, "/classify", content=goldfish)
+        assert gate.waiting.wait(SECONDS)
+        others = [clients.submit(server.post, "/classify", content=goldfish) for _ in range(7)]
+        until(lambda: server.metric("tinyserve_queue_images") == 8)
+        gate.open.set()
+        answers = [future.result().json() for future in [first, *others]]
+    assert gate.computed == [1, 7]
+    best = {answer["predictions"][0]["index"] for answer in answers}
+    assert len(best) == 1
+
+
+def test_a_client_that_goes_away_is_not_computed(gate, goldfish):
+    head = b"POST /classify HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(goldfish)
+    with running() as server, ThreadPoolExecutor(1) as clients:
+        gate.close()
+        first = clients.submit(server.post, "/classify", content=goldfish)
+        assert gate.waiting.wait(SECONDS)
+        with connect(server) as connection:
+            connection.sendall(head + goldfish)
+            until(lambda: server.metric("tinyserve_queue_images") == 2)
+        until(lambda: server.metric("tinyserve_queue_images") == 1)
+        gate.open.set()
+        assert first.result().status_code == 200
+        assert server.metric("tinyserve_requests_total", status="499") == 1
+    assert gate.computed == [1]
+
+
+def test_a_full_queue_answers_503_and_when_to_come_back(gate, goldfish):
+    with running(max_queue=2) as server, ThreadPoolExecutor(2) as clients:
+        gate.close()
+        waiting = [clients.submit(server.post, "/classify", content=goldfish) for _ in range(2)]
+        until(lambda: server.metric("tinyserve_queue_images") == 2)
+        refused = server.post("/classify", content=goldfish)
+        assert refused.status_code == 503
+        assert int(refused.headers["retry-after"]) >= 1
+        assert "queue is full" in refused.json()["error"]
+        gate.open.set()
+        assert [future.result().status_code for future in waiting] == [200, 200]
+
+
+async def flood(port, connections, requests, body):
+    """Statuses of requests over connections that are all open at a time, and the heads of 503s."""
+    head = b"POST /classify HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body)
+
+    async def client():
+        statuses = []
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        for _ in range(requests):
+            writer.write(head + body)
+            answer = await reader.readuntil(b"\r\n\r\n")
+            length = next(
+                int(line.split(b":")[1])
+                for line in answer.lower().splitlines()
+                if line.startswith(b"content-length")
+            )
+            await reader.readexactly(length)
+            statuses.append(int(answer[9:12]))
+            assert (statuses[-1] == 503) == (b"retry-after" in answer)
+        writer.close()
+        await writer.wait_closed()
+        return statuses
+
+    found = await asyncio.gather(*(client() for _ in range(connections)))
+    return [status for statuses in found for status in statuses]
+
+
+@pytest.mark.slow
+def test_more_connections_than_the_queue_holds_get_200_or_503(goldfish):
+    with running(max_queue=16) as server:
+        statuses = asyncio.run(flood(server.port, 300, 3, goldfish))
+        assert server.metric("tinyserve_requests_total", route="/classify") == 900
+    assert len(statuses) == 900
+    assert set(statuses) == {200, 503}
+
+
+@pytest.fixture
+def model_file(tmp_path):
+    """A copy of a model that may be replaced."""
+    path = tmp_path / "net.onnx"
+    shutil.copy(find_model("inception"), path)
+    return path
+
+
+def replace(path, content):
+    new = path.with_suffix(".new")
+    new.write_bytes(content)
+    new.rename(path)
+
+
+def architecture(server):
+    return server.get("/v2/models/net").json()["parameters"]["architecture"]
+
+
+def test_a_new_file_takes_over_and_a_bad_one_does_not(model_file, goldfish, caplog):
+    good = find_model("baseline").read_bytes()
+    expected = Classifier("baseline", device="cpu").classify(goldfish)[0]
+    with running(str(model_file)) as server:
+        assert architecture(server) == "inception"
+        replace(model_file, good)
+        until(lambda: architecture(server) == "baseline")
+        best = server.post("/classify", content=goldfish).json()["predictions"][0]
+        assert best["index"] == expected.index
+        assert best["probability"] == pytest.approx(expected.probability, abs=1e-6)
+        assert server.metric("tinyserve_model_info", architecture="baseline") == 1
+        assert server.metric("tinyserve_model_info", architecture="inception") == 0
+        damaged = bytearray(good)
+        damaged[len(damaged) // 2] ^= 255
+        for number, content in enumerate([bytes(damaged), b"no model", b""], start=1):
+            replace(model_file, content)
+            until(lambda n=number: server.metric("tinyserve_reloads_total", result="refused") == n)
+            assert architecture(server) == "baseline"
+            assert server.post("/classify", content=goldfish).status_code == 200
+        assert caplog.text.count("the new file is refused") == 3
+        model_file.unlink()
+        replace(model_file, find_model("inception").read_bytes())
+        until(lambda: architecture(server) == "inception")
+
+
+@pytest.mark.slow
+def test_a_file_replaced_ten_times_under_load_loses_no_request(model_file, goldfish, monkeypatch):
+    monkeypatch.setattr("tinyserve.server.models._POLL_SECONDS", 0.1)
+    contents = [find_model(name).read_bytes() for name in ("baseline", "inception")]
+    best = {
+        Classifier(name, device="cpu").classify(goldfish)[0].index
+        for name in ("baseline", "inception")
+    }
+    done = threading.Event()
+    queues = threads_of_batchers()
+
+    def client(url):
+        found = []
+        with httpx.Client(base_url=url, timeout=SECONDS, trust_env=False) as session:
+            while not done.is_set():
+                response = session.post("/classify", content=goldfish)
+                found.append((response.status_code, response.json()["predictions"][0]["index"]))
+        return found
+
+    with running(str(model_file)) as server, ThreadPoolExecutor(4) as clients:
+        url = f"http://127.0.0.1:{server.port}"
+        loads = [clients.submit(client, url) for _ in range(4)]
+        try:
+            for number in range(10):
+                replace(model_file, contents[number % 2])
+                until(lambda n=number: server.metric("tinyserve_reloads_total") > n)
+        finally:
+            done.set()
+        answers = [answer for load in loads for answer in load.result()]
+        assert server.metric("tinyserve_reloads_total", result="taken") == 10
+        until(lambda: threads_of_batchers() == queues + 1, "an old queue stays")
+    assert {status for status, _ in answers} == {200}
+    assert {index for _, index in answers} == best
+
+
+def threads_of_batchers():
+    return sum(thread.name == "batcher" for thread in threading.enumerate())
+
+
+def test_leaving_is_said_and_what_came_is_answered(gate, goldfish):
+    with running(limits=dataclasses.replace(LIMITS, leave_seconds=1)) as server:
+        gate.close()
+        waiting = http.client.HTTPConnection(server.host, server.port, timeout=SECONDS)
+        waiting.request("POST", "/classify", body=goldfish)
+        assert gate.waiting.wait(SECONDS)
+        server.listener.stop()
+        ready = server.get("/v2/health/ready")
+        assert ready.status_code == 503
+        assert ready.headers["connection"] == "close"
+        gate.open.set()
+        response = waiting.getresponse()
+        assert response.status == 200
+        assert json.loads(response.read())["predictions"]
+        assert response.headers["connection"] == "close"
+
+
+def test_without_the_extra_it_says_what_to_install():
+    code = "import sys; sys.modules['uvicorn'] = None; from tinyserve.cli import main; "
+    command = [sys.executable, "-c", code + "sys.exit(main(['serve']))"]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
+    assert run.returncode == 2
+    assert "pip install 'tinyserve[serve]'" in run.stderr

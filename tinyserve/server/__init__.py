@@ -1,0 +1,73 @@
+"""HTTP around the one predictor: Open Inference Protocol V2, a route for people, metrics.
+
+This module needs nothing but tinyserve itself; the others need the extra ``serve``.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tinyserve.errors import UsageError
+from tinyserve.modelfile import DEFAULT_MODEL
+
+LOG_FORMATS = ("text", "json")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What a client may ask for, and for how long it may keep the server waiting."""
+
+    body_bytes: int = 32 * 2**20
+    json_bytes: int = 8 * 2**20
+    """Less than of a body: a document takes twenty times its length when it is taken apart."""
+    all_bodies_bytes: int = 512 * 2**20
+    """Of all requests that are in the server at a time."""
+    head_bytes: int = 64 * 2**10
+    head_seconds: float = 10.0
+    """From the connection to the last of the request's headers."""
+    body_seconds: float = 30.0
+    answer_seconds: float = 30.0
+    """From the end of an answer until it has been fetched."""
+    idle_seconds: int = 60
+    """For which a connection without a request is kept."""
+    leave_seconds: float = 1.0
+    """For which the server goes on, though not ready, after it was told to end: so long balancers
+    need to notice, and clients to hear that their connections will be closed."""
+    end_seconds: int = 30
+    """For which requests are then waited for."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """What ``tinyserve serve`` is asked for; ``port`` 0 is any that is free."""
+
+    models: tuple[str, ...] = (DEFAULT_MODEL,)
+    host: str = "127.0.0.1"
+    port: int = 8000
+    device: str | None = None
+    max_batch_size: int = 32
+    max_delay_ms: float = 0.0
+    max_queue: int = 256
+    api_key_file: Path | None = None
+    ui: bool = False
+    """Whether the demo page is at ``/``."""
+    log_format: str = "text"
+    limits: Limits = field(default_factory=Limits)
+
+
+def serve(settings: Settings) -> None:
+    """Serve until told to end by SIGTERM or Ctrl-C.
+
+    Raises :class:`~tinyserve.errors.TinyserveError` where a model or the device cannot be used, the
+    address is taken, or the extra is not installed.
+    """
+    if settings.ui and settings.api_key_file:
+        raise UsageError("browsers have no key to show: --ui goes without --api-key-file")
+    try:
+        from tinyserve.server import log, run
+    except ModuleNotFoundError as error:
+        raise UsageError(f"{error}; serving needs: pip install 'tinyserve[serve]'") from error
+    log.configure(settings.log_format)
+    run.allow_many_connections()
+    listener = run.Listener(settings)
+    print(*listener.lines(), sep="\n", flush=True)
+    listener.run()

@@ -1,0 +1,101 @@
+"""Around every request: its id, who may ask, a log line, and the numbers of it."""
+
+import hmac
+import re
+import time
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from tinyserve.errors import UsageError
+from tinyserve.server import log
+from tinyserve.server.service import Service
+
+HEALTH = frozenset({"/v2/health/live", "/v2/health/ready"})
+
+_SANE_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+
+
+class Access:
+    """The ASGI application ``app``, for those who have a key where there are ``keys``."""
+
+    def __init__(self, app: ASGIApp, service: Service, keys: Sequence[bytes] = ()) -> None:
+        self._app = app
+        self._service = service
+        self._metrics = service.metrics
+        self._keys = keys
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
+        began = time.perf_counter()
+        headers = Headers(scope=scope)
+        wanted_id = headers.get("x-request-id", "")
+        request_id = wanted_id if _SANE_ID.fullmatch(wanted_id) else uuid.uuid4().hex
+        status = 500
+
+        async def send_marked(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                answer = MutableHeaders(scope=message)
+                answer["X-Request-Id"] = request_id
+                if self._service.leaving:
+                    answer["Connection"] = "close"
+            await send(message)
+
+        app = self._app if self._may(scope["path"], headers) else _unauthorised
+        try:
+            await app(scope, receive, send_marked)
+        finally:
+            seconds = time.perf_counter() - began
+            route = getattr(scope.get("route"), "path", "other")
+            self._metrics.requests.labels(route, status).inc()
+            self._metrics.request_seconds.labels(route).observe(seconds)
+            self._log(scope, request_id, status, seconds)
+
+    def _may(self, path: str, headers: Headers) -> bool:
+        if not self._keys or path in HEALTH:
+            return True
+        kind, _, key = headers.get("authorization", "").partition(" ")
+        given = key.strip().encode("latin-1")
+        # All are compared, each in constant time: how long it takes says nothing of a key.
+        found = [hmac.compare_digest(given, known) for known in self._keys]
+        return kind.lower() == "bearer" and any(found)
+
+    def _log(self, scope: Scope, request_id: str, status: int, seconds: float) -> None:
+        fields = {
+            "status": status,
+            "method": scope["method"],
+            "path": scope["path"],
+            "ms": round(1000 * seconds, 2),
+            "id": request_id,
+            "client": scope["client"][0] if scope["client"] else None,
+            # What the route found out:
+            "model": scope["state"].get("model"),
+            "images": scope["state"].get("images"),
+        }
+        log.access.info("", extra={"fields": fields})
+
+
+def read_keys(path: Path) -> list[bytes]:
+    """The keys in a file, one a line. Raises :class:`UsageError` where there is none."""
+    try:
+        keys = [line.strip() for line in path.read_bytes().splitlines()]
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror}") from error
+    keys = [key for key in keys if key]
+    if not keys:
+        raise UsageError(f"{path} holds no key")
+    return keys
+
+
+_unauthorised = JSONResponse(
+    {"error": "a key is needed: Authorization: Bearer KEY"},
+    401,
+    {"WWW-Authenticate": "Bearer"},
+)

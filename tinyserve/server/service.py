@@ -1,0 +1,73 @@
+"""What the routes share: models, limits, and threads to decode in."""
+
+import asyncio
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+from tinyserve import images
+from tinyserve.devices import default_threads
+from tinyserve.errors import ImageError, RequestError
+from tinyserve.server import Settings
+from tinyserve.server.body import Bodies
+from tinyserve.server.metrics import Metrics
+from tinyserve.server.models import Models
+from tinyserve.server.protocol import Pixels
+
+T = TypeVar("T")
+
+
+class Service:
+    """One server's, without its routes. Loads the models, and raises what that raises."""
+
+    leaving = False
+    """Whether connections are closed after their next answer, for the server will end."""
+    _warm = False
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.metrics = Metrics()
+        self.models = Models(settings, self.metrics)
+        self.bodies = Bodies(settings.limits)
+        self._pool = ThreadPoolExecutor(default_threads(), thread_name_prefix="decode")
+
+    @property
+    def ready(self) -> bool:
+        return self._warm and not self.leaving
+
+    async def work(self) -> None:
+        """Warm up, be ready, and look for new model files until cancelled."""
+        await self.models.start()
+        self._warm = True
+        await self.models.watch()
+
+    async def stop(self) -> None:
+        await self.models.stop()
+        self._pool.shutdown()
+
+    async def off_loop(self, function: Callable[..., T], *arguments: Any) -> T:
+        """What a function returns that takes too long for the event loop."""
+        return await asyncio.get_running_loop().run_in_executor(self._pool, function, *arguments)
+
+    async def decode(self, files: Sequence[bytes], size: int) -> list[Pixels | ImageError]:
+        """The pixels of each file, uint8 ``[size, size, 3]``, or why there are none."""
+        with self.metrics.stage("decode"):
+            return await asyncio.gather(*(self.off_loop(_load, file, size) for file in files))
+
+    def check_room(self, model: str | None) -> None:
+        """Raise what asking a model for one image now would raise, before its body is read."""
+        with self.models.get(model)[1].batcher.place(1):
+            pass
+
+    def check_count(self, count: int) -> None:
+        """Raise :class:`RequestError` for more images than the queue ever holds; status 413."""
+        most = self.settings.max_queue
+        if count > most:
+            raise RequestError(413, f"{count} images, more than {most} at once")
+
+
+def _load(file: bytes, size: int) -> Pixels | ImageError:
+    try:
+        return images.load(file, size=size)
+    except ImageError as error:
+        return error
