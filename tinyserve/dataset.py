@@ -152,25 +152,29 @@ def walk_images(folder: str | os.PathLike[str]) -> Iterator[str]:
 
 
 def _walk(folder: str, above: tuple[tuple[int, int], ...]) -> Iterator[str]:
-    folders = []
+    # Names and no more: of these, a folder may hold a million.
+    found: list[str] = []
+    folders: list[str] = []
     try:
         status = os.stat(folder)
         here = (status.st_dev, status.st_ino)
         if here in above:
             return
         with os.scandir(folder) as entries:
-            found = sorted(entries, key=lambda entry: _natural_key(entry.name))
+            for entry in entries:
+                if entry.is_dir():
+                    folders.append(entry.name)
+                elif _is_image(entry.name):
+                    found.append(entry.name)
     except OSError:
         yield folder
         return
-    for entry in found:
-        if entry.is_dir():
-            folders.append(entry.path)
-        elif _is_image(entry.name):
-            yield entry.path
+    found.sort(key=_natural_key)
+    for name in found:
+        yield os.path.join(folder, name)
     del found
-    for path in folders:
-        yield from _walk(path, (*above, here))
+    for name in sorted(folders, key=_natural_key):
+        yield from _walk(os.path.join(folder, name), (*above, here))
 
 
 @functools.lru_cache(maxsize=16)
@@ -227,9 +231,12 @@ def _is_image(name: str) -> bool:
     return os.path.splitext(name)[1].lower() in SUFFIXES
 
 
-def _natural_key(name: str) -> list[tuple[bool, int, str]]:
-    """Sort key that puts ``val_2`` before ``val_10``."""
-    return [
-        (not part.isdecimal(), int(part) if part.isdecimal() else 0, part)
-        for part in _NUMBERS.split(name)
-    ]
+def _natural_key(name: str) -> str:
+    """Sort key that puts ``val_2`` before ``val_10``: each number begins with its length."""
+    return _NUMBERS.sub(_with_length, name)
+
+
+def _with_length(number: re.Match[str]) -> str:
+    digits = number[0].lstrip("0")
+    zeros = len(number[0]) - len(digits)
+    return f"\0{chr(len(digits))}{digits}{chr(max(0, 255 - zeros))}"
