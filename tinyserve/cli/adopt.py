@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from tinyserve.cli.arguments import Commands, _at_least_one
+from tinyserve.cli.arguments import Commands, count
 
 
 def add_to(commands: Commands) -> None:
@@ -20,7 +20,7 @@ def add_to(commands: Commands) -> None:
     add("--labels", metavar="FILE", required=True, help="a class a line, in the output's order")
     add("--mean", type=_three_numbers, required=True, help="R,G,B in units of 0..1")
     add("--std", type=_three_numbers, required=True, help="R,G,B in units of 0..1")
-    add("--size", type=_at_least_one, required=True, help="side of the images, in pixels")
+    add("--size", type=count, required=True, help="side of the images, in pixels")
     add("-o", "--output", metavar="OUT.onnx", required=True)
 
 

@@ -6,7 +6,7 @@ import json
 import sys
 from typing import TYPE_CHECKING
 
-from tinyserve.cli.arguments import Commands, _at_least_one, add_json, file_of, model_name
+from tinyserve.cli.arguments import Commands, add_json, count, file_of, model_name
 from tinyserve.cli.terminal import print_columns
 from tinyserve.devices import DEVICES, default_threads, device_name
 from tinyserve.modelfile import installed_models
@@ -35,7 +35,7 @@ def add_to(commands: Commands) -> None:
         "-j",
         "--workers",
         action="append",
-        type=_at_least_one,
+        type=count,
         metavar="N",
         help="repeatable (default: 1 and one a core)",
     )
@@ -43,7 +43,7 @@ def add_to(commands: Commands) -> None:
         "-b",
         "--batch-size",
         nargs="+",
-        type=_at_least_one,
+        type=count,
         default=[1, 8, 32, 64],
         metavar="N",
         help="default: 1 8 32 64",

@@ -10,10 +10,10 @@ from typing import Any
 from tinyserve.classifier import Classifier
 from tinyserve.cli.arguments import (
     Commands,
-    _at_least_one,
     add_device,
     add_json,
     add_model,
+    count,
     model_name,
 )
 from tinyserve.cli.terminal import SOME_FAILED, print_columns, progress
@@ -43,7 +43,7 @@ def add_to(commands: Commands) -> None:
     add_model(command, "a")
     add_model(command, "b")
     add("--data", metavar="DIR", required=True, help="labelled images, or a data set with val/")
-    add("-b", "--batch-size", type=_at_least_one, default=32, help="default: %(default)s")
+    add("-b", "--batch-size", type=count, default=32, help="default: %(default)s")
     add_device(command)
     add_json(command)
 

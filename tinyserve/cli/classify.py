@@ -14,7 +14,7 @@ from pathlib import Path
 from tinyserve import rayjob
 from tinyserve.archives import is_archive
 from tinyserve.classifier import Classifier
-from tinyserve.cli.arguments import Commands, _at_least_one, add_device, model_name
+from tinyserve.cli.arguments import Commands, add_device, count, model_name
 from tinyserve.cli.terminal import SOME_FAILED, progress
 from tinyserve.confidence import in_words, operating_point
 from tinyserve.dataset import find_inputs
@@ -48,8 +48,8 @@ def add_to(commands: Commands) -> None:
         "for paths on stdin",
     )
     add("-m", "--model", default=DEFAULT_MODEL, help="name or .onnx file (default: %(default)s)")
-    add("-k", "--topk", type=_at_least_one, default=5, help="predictions an image (default: 5)")
-    add("-b", "--batch-size", type=_at_least_one, help=f"default: {_BATCH_SIZE}")
+    add("-k", "--topk", type=count, default=5, help="predictions an image (default: 5)")
+    add("-b", "--batch-size", type=count, help=f"default: {_BATCH_SIZE}")
     add_device(command)
     add(
         "--precision",
@@ -60,7 +60,7 @@ def add_to(commands: Commands) -> None:
     add(
         "-j",
         "--workers",
-        type=_at_least_one,
+        type=count,
         metavar="N",
         help="batches at a time, between which the cores are shared (default: one a core)",
     )

@@ -4,7 +4,7 @@ import argparse
 import math
 from pathlib import Path
 
-from tinyserve.cli.arguments import Commands, _at_least_one, add_device
+from tinyserve.cli.arguments import Commands, add_device, count
 from tinyserve.modelfile import DEFAULT_MODEL
 from tinyserve.server import LOG_FORMATS, Settings
 from tinyserve.server import serve as serve_http
@@ -30,7 +30,7 @@ def add_to(commands: Commands) -> None:
     add("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     add("--port", type=_port, default=8000, help="default: %(default)s; 0 for any")
     add_device(command)
-    add("--max-batch-size", type=_at_least_one, default=32, help="default: %(default)s")
+    add("--max-batch-size", type=count, default=32, help="default: %(default)s")
     add(
         "--max-delay-ms",
         type=_not_negative,
@@ -39,11 +39,12 @@ def add_to(commands: Commands) -> None:
     )
     add(
         "--max-queue",
-        type=_at_least_one,
+        type=count,
         default=256,
         help="images on their way at a time; more are told to come back (default: %(default)s)",
     )
     add("--api-key-file", metavar="FILE", help="ask for one of the keys in it, one a line")
+    add("--ui", action="store_true", help="put the demo page at /")
     add("--log-format", choices=LOG_FORMATS, default="text", help="of requests, on stderr")
 
 
@@ -58,6 +59,7 @@ def serve(arguments: argparse.Namespace) -> int:
             max_delay_ms=arguments.max_delay_ms,
             max_queue=arguments.max_queue,
             api_key_file=Path(arguments.api_key_file) if arguments.api_key_file else None,
+            ui=arguments.ui,
             log_format=arguments.log_format,
         )
     )
