@@ -5,13 +5,13 @@ import contextlib
 import dataclasses
 import itertools
 import json
+import math
 import os
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from tinyserve import rayjob
 from tinyserve.archives import is_archive
 from tinyserve.classifier import Classifier
 from tinyserve.cli.arguments import Commands, add_device, count, model_name
@@ -82,7 +82,7 @@ def add_to(commands: Commands) -> None:
     add(
         "--ray",
         nargs="?",
-        const=rayjob.LOCAL,
+        const="local",
         metavar="ADDRESS",
         help="on the machines of a Ray cluster (default: one that is started here); -o is a folder",
     )
@@ -108,12 +108,16 @@ def classify(arguments: argparse.Namespace) -> int:
     if arguments.resume and output is None:
         raise UsageError("--resume goes on with the file that -o names")
     inputs = find_inputs(arguments.paths)
+    first = list(itertools.islice(inputs, _FIRST))
+    inputs = itertools.chain(first, inputs)
     settings = _settings(arguments)
+    batches = math.ceil(len(first) / settings.batch_size)
     classifier = Classifier(
         arguments.model,
         precision=arguments.precision,
         device=settings.device,
-        streams=settings.workers,
+        # A few images get all the cores for each batch, one after the other.
+        streams=max(1, min(settings.workers, batches)),
         self_test=not arguments.no_self_test,
     )
     k = min(arguments.topk, len(classifier.card.labels))
@@ -137,7 +141,7 @@ def classify(arguments: argparse.Namespace) -> int:
                 collect(result)
         inputs = resumed.left(inputs)
     kept = tally.inputs
-    first = list(itertools.islice(inputs, _FIRST))
+    total = len(first) - kept if len(first) < _FIRST else None
     start = time.perf_counter()
     with (
         open_rows(
@@ -149,11 +153,9 @@ def classify(arguments: argparse.Namespace) -> int:
             append=kept > 0,
         ) as write,
         contextlib.closing(
-            classifier.classify_many(
-                itertools.chain(first, inputs), k=k, batch_size=settings.batch_size
-            )
+            classifier.classify_many(inputs, k=k, batch_size=settings.batch_size)
         ) as results,
-        progress(len(first) if len(first) < _FIRST else None, rows=output is None) as advance,
+        progress(total, rows=output is None) as advance,
     ):
         for result in results:
             result = result.at_least(threshold)
@@ -179,6 +181,8 @@ def classify(arguments: argparse.Namespace) -> int:
 
 
 def _classify_with_ray(arguments: argparse.Namespace) -> int:
+    from tinyserve import rayjob
+
     if arguments.output is None:
         raise UsageError("--ray wants -o, a folder")
     for option in ("resume", "tuned", "report", "min_confidence", "target_precision"):
@@ -264,9 +268,10 @@ def _settings(arguments: argparse.Namespace) -> _Settings:
 
 
 def _summary_lines(summary: Summary) -> Iterator[str]:
+    images = "image" if summary.inputs == 1 else "images"
     kept = f", {summary.kept:,} of them done before" if summary.kept else ""
     yield (
-        f"{summary.inputs:,} images{kept}, {summary.failed:,} failed; {summary.model} "
+        f"{summary.inputs:,} {images}{kept}, {summary.failed:,} failed; {summary.model} "
         f"({summary.precision}) on {device_name(summary.provider)}, "
         f"{summary.seconds:.1f} s, {summary.images_per_second:,.0f} images/s"
     )
