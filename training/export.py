@@ -82,8 +82,8 @@ def export(
     """
     if unknown := set(precisions) - BOUNDS.keys():
         raise UsageError(f"unknown precision {sorted(unknown)[0]!r} (known: {', '.join(BOUNDS)})")
-    if run.is_file() and read_card(run).precision == "int8":
-        raise UsageError(f"{run} is int8: only a run, or its fp32 or fp16 file, can be exported")
+    if run.is_file() and read_card(run).precision == "int8" and set(precisions) != {"int8"}:
+        raise UsageError(f"{run} is int8: only int8 can be made of it")
     weights = pretrained.load(run)
     root, holdout = _data_of(run, data_root)
     dataset = data.load(root, image_size=weights.image_size, skip_bad=True, holdout=holdout)
@@ -92,7 +92,8 @@ def export(
     served = weights.served(VIEWS[views])
     calibrator = _calibrator(served, weights.training, dataset)
     graph = to_onnx(served, weights.image_size)
-    gate = Gate(served, graph, dataset)
+    origin = f", with the weights of {run.name}" if run.is_file() else ""
+    gate = Gate(served, graph, dataset, reference=f"PyTorch {torch.__version__}, fp32{origin}")
     try:
         output.mkdir(parents=True, exist_ok=True)
         paths = []
@@ -250,7 +251,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "run", type=Path, help="folder of a finished run, or its exported fp32 or fp16 file"
+        "run", type=Path, help="folder of a finished run, or a file exported from it"
     )
     parser.add_argument(
         "-o", "--output", type=Path, default=Path("exported"), help="folder to write to"

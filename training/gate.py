@@ -59,8 +59,14 @@ class Gate:
     smaller split is filled up from the training split."""
 
     def __init__(
-        self, served: ServedNetwork, graph: onnx.ModelProto, dataset: data.Dataset
+        self,
+        served: ServedNetwork,
+        graph: onnx.ModelProto,
+        dataset: data.Dataset,
+        *,
+        reference: str,
     ) -> None:
+        self._reference = reference
         self.val = dataset.val
         chosen = [self.val.images[spread(len(self.val), GATE_IMAGES)]]
         missing = GATE_IMAGES - len(chosen[0])
@@ -136,7 +142,7 @@ class Gate:
         )
         return Evidence(
             provider=engine.provider,
-            reference=f"PyTorch {torch.__version__}, fp32",
+            reference=self._reference,
             images=len(self.images),
             batch_sizes=GATE_BATCHES,
             top1_agreement=agreement,

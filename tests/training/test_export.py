@@ -357,10 +357,10 @@ def test_a_file_can_be_exported_again(exported, half, tmp_path, photos, pictures
         assert np.abs(found - expected).max() < tolerance
 
 
-def test_what_is_rounded_to_8_bits_is_not_exported_again(tmp_path, photos, capsys):
+def test_of_8_bits_only_8_bits_can_be_made(tmp_path, photos, capsys):
     source = find_model("inception", ("int8",))
     assert export.main([str(source), "-o", str(tmp_path), "--data", str(photos)]) == 2
-    check_one_line(capsys, "is int8: only a run, or its fp32 or fp16 file")
+    check_one_line(capsys, "is int8: only int8 can be made of it")
 
 
 @pytest.mark.slow

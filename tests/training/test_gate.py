@@ -62,7 +62,7 @@ def model(network, small_weights: checkpoint.Weights, tmp_path) -> Path:
 
 
 def gate_of(network: ServedNetwork, dataset: data.Dataset) -> gate.Gate:
-    return gate.Gate(network, export.to_onnx(network, 16), dataset)
+    return gate.Gate(network, export.to_onnx(network, 16), dataset, reference="PyTorch")
 
 
 def test_a_file_that_computes_the_same_passes_with_its_evidence(model, network, dataset):
