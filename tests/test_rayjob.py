@@ -156,7 +156,8 @@ def test_a_machine_dies_half_way_and_the_rows_are_complete(cluster, many, tmp_pa
     ("arguments", "words"),
     [
         ([], "-o, a folder"),
-        (["-o", "out", "--resume"], "neither --resume nor --tuned"),
+        (["-o", "out", "--resume"], "--ray goes without --resume"),
+        (["-o", "out", "--min-confidence", "0"], "--ray goes without --min-confidence"),
         (["-o", "out", "--format", "csv"], "rows are jsonl or parquet, not csv"),
         (["-o", "full"], "full is not empty"),
         (["photos.zip", "-o", "out"], "unpack photos.zip first"),

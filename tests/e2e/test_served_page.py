@@ -1,5 +1,6 @@
 """``tinyserve serve --ui``: the page and the protocol on one address, over one predictor."""
 
+import gc
 import subprocess
 import sys
 
@@ -18,6 +19,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 def server():
     with running("inception", ui=True) as server:
         yield server
+    gc.collect()  # what they leave open is closed here, where that is no failure of another test
 
 
 def test_the_page_takes_no_route_away(server):

@@ -330,13 +330,21 @@ def test_training_cannot_write_into_the_cache(folders):
     assert data.load(folders).train.images.any()
 
 
+_STUCK = """
+import pathlib, sys, time
+from tinyserve import images
+from training import data
+load = images.load
+images.load = lambda path, size: time.sleep(60) if "9.jpg" in path else load(path, size=size)
+data.load(pathlib.Path(sys.argv[1]))
+"""
+
+
 def test_a_decode_that_was_killed_leaves_nothing_that_is_taken_for_whole(folders, make_picture):
     root = Path(data.__file__).parents[1]
-    # A pipe that nobody writes to: the decode of this "picture" never ends.
-    pipe = folders / "train" / "violet" / "9.jpg"
-    os.mkfifo(pipe)
-    program = "import sys, pathlib; from training import data; data.load(pathlib.Path(sys.argv[1]))"
-    process = subprocess.Popen([sys.executable, "-c", program, str(folders)], cwd=root)
+    last = folders / "train" / "violet" / "9.jpg"
+    make_picture(last, (120, 60, 180), 5)
+    process = subprocess.Popen([sys.executable, "-c", _STUCK, str(folders)], cwd=root)
     try:
         deadline = time.monotonic() + 60
         while not list((folders / CACHE).glob("train-*.partial")):
@@ -346,9 +354,7 @@ def test_a_decode_that_was_killed_leaves_nothing_that_is_taken_for_whole(folders
         process.send_signal(signal.SIGKILL)
         process.wait()
     assert list((folders / CACHE).glob("*.npy")) == []
-    pipe.unlink()
-    make_picture(pipe, (120, 60, 180), 5)
-    assert np.array_equal(data.load(folders).train.images[6], images.load(pipe, size=64))
+    assert np.array_equal(data.load(folders).train.images[6], images.load(last, size=64))
 
 
 def test_a_cut_off_partial_array_is_not_used(folders):

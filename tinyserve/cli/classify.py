@@ -186,7 +186,8 @@ def _classify_with_ray(arguments: argparse.Namespace) -> int:
     if arguments.output is None:
         raise UsageError("--ray wants -o, a folder")
     for option in ("resume", "tuned", "report", "min_confidence", "target_precision"):
-        if getattr(arguments, option) not in (None, False):
+        value = getattr(arguments, option)
+        if value is not None and value is not False:  # a confidence of 0 is one
             raise UsageError(f"--ray goes without --{option.replace('_', '-')}")
     if archives := [path for path in arguments.paths if is_archive(path)]:
         raise UsageError(f"--ray takes files, folders and URIs; unpack {archives[0]} first")
