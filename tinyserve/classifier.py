@@ -1,11 +1,13 @@
 """The one predictor: images in, predictions out. Everything that serves goes through it."""
 
 import dataclasses
+import functools
 import os
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -93,12 +95,7 @@ class Classifier:
         streams: int = 1,
         self_test: bool = True,
     ) -> None:
-        if precision != "auto" and precision not in PRECISIONS:
-            raise UsageError(
-                f"unknown precision {precision!r} (known: auto, {', '.join(PRECISIONS)})"
-            )
-        precisions = preferred_precisions(device) if precision == "auto" else (precision,)
-        path = find_model(model, precisions)
+        path = model_file(model, precision, device)
         self.engine = Engine(
             path, device=device, threads=threads, streams=streams, self_test=self_test
         )
@@ -107,6 +104,11 @@ class Classifier:
     @property
     def card(self) -> ModelCard:
         return self.engine.card
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """The card's, by which rows name the model; a digest of the whole card, so taken once."""
+        return self.card.fingerprint
 
     def classify(self, source: Source, k: int = 5) -> tuple[Prediction, ...]:
         """The ``k`` likeliest classes of one image, best first.
@@ -189,6 +191,13 @@ class Classifier:
     def label_index(self, label: str | None) -> int | None:
         """The class that a label, a name or WordNet id, stands for; None where it is none."""
         return None if label is None else self._labels_by_key.get(_key(label))
+
+
+def model_file(model: str, precision: str = "auto", device: str | None = None) -> Path:
+    """The file that a :class:`Classifier` of these arguments loads."""
+    if precision != "auto" and precision not in PRECISIONS:
+        raise UsageError(f"unknown precision {precision!r} (known: auto, {', '.join(PRECISIONS)})")
+    return find_model(model, preferred_precisions(device) if precision == "auto" else (precision,))
 
 
 def _batches(items: Iterator[Input], batch_size: int) -> Iterator[list[Input]]:

@@ -73,6 +73,10 @@ def open_rows(
 
 def document(result: Result, model: str) -> dict[str, Any]:
     """A result as JSON has it."""
+    return {**_fields(result, model), "predictions": [_prediction(p) for p in result.predictions]}
+
+
+def _fields(result: Result, model: str) -> dict[str, Any]:
     return {
         "path": result.path,
         "status": result.status,
@@ -82,8 +86,12 @@ def document(result: Result, model: str) -> dict[str, Any]:
         "correct": result.correct,
         "version": result.version,
         "model": model,
-        "predictions": [dataclasses.asdict(prediction) for prediction in result.predictions],
     }
+
+
+def _prediction(prediction: Prediction) -> dict[str, Any]:
+    # Not dataclasses.asdict, which copies deeply: of each image there are as many as are asked for.
+    return {name: getattr(prediction, name) for name in _PREDICTION}
 
 
 def read_rows(output: str, format_: str) -> Iterator[dict[str, Any]]:
@@ -160,9 +168,9 @@ def _csv_writer(stream: TextIO, k: int, model: str, *, header: bool) -> Write:
         rows.writerow([*_FIELDS, *numbered])
 
     def write(result: Result) -> None:
-        fields = document(result, model)
+        fields = _fields(result, model)
         values = [
-            value for prediction in result.predictions for value in dataclasses.astuple(prediction)
+            getattr(prediction, name) for prediction in result.predictions for name in _PREDICTION
         ]
         values += [None] * (len(numbered) - len(values))
         rows.writerow([fields[name] for name in _FIELDS] + values)

@@ -17,11 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tinyserve.classifier import Classifier
+from tinyserve.classifier import Classifier, model_file
 from tinyserve.dataset import Input
-from tinyserve.devices import default_threads, preferred_precisions
+from tinyserve.devices import default_threads
 from tinyserve.errors import DeviceError, OutputError, TinyserveError, UsageError
-from tinyserve.modelfile import candidate, find_model
+from tinyserve.modelfile import candidate
 from tinyserve.output import open_rows
 from tinyserve.report import Tally
 
@@ -32,7 +32,6 @@ LOCAL = "local"
 """In place of an address: a Ray of this machine alone, for the time of the job."""
 
 _GPU_DEVICES = ("cuda", "tensorrt")
-_GPU_PRECISIONS = ("fp16", "fp32", "int8")
 
 PART = 1_000
 """Inputs whose rows make a file: some seconds of work, which is what dies with a machine."""
@@ -87,7 +86,8 @@ def classify(
     with _ray(address) as ray:
         room, gpus = _share(ray.nodes(), job)
         tasks = [{"part": pickle.dumps(task)} for task in enumerate(_parts(inputs, part))]
-        path = _model_file(job, on_gpu=bool(gpus))
+        # The machines may have GPUs that this one has not.
+        path = model_file(job.model, job.precision, "cuda" if gpus else "cpu")
         worker = {
             "job": job,
             "model": (path.name, ray.put(path.read_bytes())),
@@ -152,8 +152,9 @@ class _Worker:
         tally = Tally()
         with tempfile.TemporaryDirectory() as folder:
             path = os.path.join(folder, "rows")
-            fingerprint = classifier.card.fingerprint
-            with open_rows(path, job.format, inputs=inputs, k=k, model=fingerprint) as write:
+            with open_rows(
+                path, job.format, inputs=inputs, k=k, model=classifier.fingerprint
+            ) as write:
                 for result in classifier.classify_many(inputs, k, job.batch_size):
                     tally.add(result)
                     write(result)
@@ -237,13 +238,6 @@ def _parts(inputs: Iterable[Input], size: int) -> Iterator[list[Input]]:
     yield list(itertools.islice(inputs, size))
     while part := list(itertools.islice(inputs, size)):
         yield part
-
-
-def _model_file(job: Job, *, on_gpu: bool) -> Path:
-    """The model in the precision that suits the machines, which may have GPUs that this has not."""
-    if job.precision != "auto":
-        return find_model(job.model, (job.precision,))
-    return find_model(job.model, _GPU_PRECISIONS if on_gpu else preferred_precisions("cpu"))
 
 
 def _empty_folder(output: str) -> Path:

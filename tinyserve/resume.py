@@ -45,7 +45,7 @@ class Resumed:
         kept = f"{self._output}.kept"
         try:
             with open_rows(
-                kept, self._format, inputs=(), k=self._k, model=self._classifier.card.fingerprint
+                kept, self._format, inputs=(), k=self._k, model=self._classifier.fingerprint
             ) as write:
                 for row in read_rows(self._output, self._format):
                     result = self._result(row)
@@ -65,7 +65,7 @@ class Resumed:
         card = self._classifier.card
         path, predictions = row["path"], tuple(row["predictions"])
         if (
-            row["model"] != card.fingerprint
+            row["model"] != self._classifier.fingerprint
             or row["error"] is not None
             or len(predictions) != self._k
             or row["version"] != version_of(path)

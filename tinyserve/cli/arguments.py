@@ -4,8 +4,7 @@ import argparse
 from pathlib import Path
 from typing import TypeAlias
 
-from tinyserve.devices import DEVICES, preferred_precisions
-from tinyserve.modelfile import find_model
+from tinyserve.devices import DEVICES
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
@@ -27,11 +26,6 @@ def count(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError("must be at least 1")
     return number
-
-
-def file_of(model: str) -> Path:
-    """The file that ``classify`` would use."""
-    return find_model(model, preferred_precisions())
 
 
 def model_name(model: str) -> str:

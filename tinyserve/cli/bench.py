@@ -6,7 +6,8 @@ import json
 import sys
 from typing import TYPE_CHECKING
 
-from tinyserve.cli.arguments import Commands, add_json, count, file_of, model_name
+from tinyserve.classifier import model_file
+from tinyserve.cli.arguments import Commands, add_json, count, model_name
 from tinyserve.cli.terminal import print_columns
 from tinyserve.devices import DEVICES, default_threads, device_name
 from tinyserve.modelfile import installed_models
@@ -57,7 +58,7 @@ def bench(arguments: argparse.Namespace) -> int:
 
     from tinyserve import bench as bench_module
 
-    files = [file_of(name) for name in arguments.model or installed_models()]
+    files = [model_file(name) for name in arguments.model or installed_models()]
     workers = arguments.workers or sorted({1, default_threads()})
     found = []
     seconds = arguments.seconds

@@ -13,14 +13,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from tinyserve.archives import is_archive
-from tinyserve.classifier import Classifier
+from tinyserve.classifier import Classifier, model_file
 from tinyserve.cli.arguments import Commands, add_device, count, model_name
 from tinyserve.cli.terminal import SOME_FAILED, progress
 from tinyserve.confidence import in_words, operating_point
 from tinyserve.dataset import find_inputs
-from tinyserve.devices import default_threads, device_name, preferred_precisions
+from tinyserve.devices import default_threads, device_name
 from tinyserve.errors import OutputError, UsageError
-from tinyserve.modelfile import DEFAULT_MODEL, PRECISIONS, find_model
+from tinyserve.modelfile import DEFAULT_MODEL, PRECISIONS
 from tinyserve.output import FORMATS, format_of, open_rows
 from tinyserve.report import Summary, Tally
 from tinyserve.resume import Resumed
@@ -149,7 +149,7 @@ def classify(arguments: argparse.Namespace) -> int:
             format_,
             inputs=first,
             k=k,
-            model=classifier.card.fingerprint,
+            model=classifier.fingerprint,
             append=kept > 0,
         ) as write,
         contextlib.closing(
@@ -258,9 +258,7 @@ def _settings(arguments: argparse.Namespace) -> _Settings:
     if arguments.tuned:
         from tinyserve import bench as bench_module
 
-        precision = arguments.precision
-        precisions = preferred_precisions(device) if precision == "auto" else (precision,)
-        tuned = bench_module.tuned(find_model(arguments.model, precisions))
+        tuned = bench_module.tuned(model_file(arguments.model, arguments.precision, device))
     return _Settings(
         device=device or (tuned.device if tuned else None),
         workers=arguments.workers or (tuned.workers if tuned else default_threads()),

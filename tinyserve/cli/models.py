@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tinyserve.cli.arguments import Commands, add_json, add_model, file_of
+from tinyserve.classifier import model_file
+from tinyserve.cli.arguments import Commands, add_json, add_model
 from tinyserve.cli.terminal import print_columns
 from tinyserve.devices import device_name
 from tinyserve.engine import read_card
@@ -71,7 +72,7 @@ def models(arguments: argparse.Namespace) -> int:
 def _default_file() -> Path | None:
     """Of the default model; None where it is not installed."""
     try:
-        return file_of(DEFAULT_MODEL)
+        return model_file(DEFAULT_MODEL)
     except ModelFileError:
         return None
 
@@ -107,7 +108,7 @@ def _model_row(
 
 
 def info(arguments: argparse.Namespace) -> int:
-    path = file_of(arguments.model)
+    path = model_file(arguments.model)
     card = read_card(path)
     if arguments.json:
         document = dataclasses.asdict(card)
@@ -187,7 +188,7 @@ def _how(training: Training) -> str:
 
 
 def labels(arguments: argparse.Namespace) -> int:
-    found = read_card(file_of(arguments.model)).labels
+    found = read_card(model_file(arguments.model)).labels
     if arguments.json:
         print(json.dumps([dataclasses.asdict(label) for label in found], indent=2))
     else:

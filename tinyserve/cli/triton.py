@@ -5,7 +5,8 @@ import os
 import sys
 from pathlib import Path
 
-from tinyserve.cli.arguments import Commands, file_of, model_name
+from tinyserve.classifier import model_file
+from tinyserve.cli.arguments import Commands, model_name
 
 
 def add_to(commands: Commands) -> None:
@@ -19,7 +20,7 @@ def add_to(commands: Commands) -> None:
 def triton(arguments: argparse.Namespace) -> int:
     from tinyserve.triton import write_repository
 
-    models = {model_name(name): file_of(name) for name in arguments.model.split(",")}
+    models = {model_name(name): model_file(name) for name in arguments.model.split(",")}
     for folder in write_repository(Path(arguments.output), models):
         print(folder)
     print(

@@ -57,7 +57,7 @@ def add(answers: Answers, model: str) -> None:
         JSON lines, with ``picture`` for ``path``."""
         classifier = answers.classifier(model)
         results = classifier.classify_many(answers.inputs(files))
-        rows = [document(result, classifier.card.fingerprint) for result in results]
+        rows = [document(result, classifier.fingerprint) for result in results]
         # Gradio's client takes everything with a "path" for a file that it has to fetch.
         return [{"picture": row.pop("path"), **row} for row in rows]
 
