@@ -57,15 +57,20 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 @pytest.fixture(scope="module")
-def context() -> Iterator[Any]:
+def browser() -> Iterator[Any]:
     sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     executable = shutil.which("chromium")
     if executable is None:
         pytest.skip("chromium is not installed")
     with sync_api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=executable, args=CHROMIUM)
-        yield browser.new_context(permissions=["clipboard-read", "clipboard-write", "camera"])
+        yield browser
         browser.close()
+
+
+@pytest.fixture(scope="module")
+def context(browser: Any) -> Any:
+    return browser.new_context(permissions=["clipboard-read", "clipboard-write", "camera"])
 
 
 @pytest.fixture
