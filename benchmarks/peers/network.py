@@ -1,9 +1,14 @@
 """The network of a model file, as PyTorch has it: what every peer runs, with the same weights."""
 
+import csv
+import json
+import time
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from training import pretrained
 
@@ -34,3 +39,27 @@ def load(model: Path) -> Network:
         (mean / 255).tolist(),
         (weights.std / 255).tolist(),
     )
+
+
+def run(
+    classify: Callable[[Tensor], tuple[Tensor, Tensor]],
+    loader: Iterable[tuple[Tensor, Tensor]],
+    names: Sequence[str],
+    rows: Path,
+    first: Tensor,
+) -> None:
+    """Classify all that a loader gives, write the rows, and print the speed as one JSON line.
+
+    ``classify`` gives probabilities and classes; ``first`` is a batch to warm up with.
+    """
+    with torch.inference_mode():
+        classify(first)
+        began = time.perf_counter()
+        probabilities, classes = zip(*(classify(images) for images, _ in loader), strict=True)
+        found = zip(
+            names, torch.cat(classes).tolist(), torch.cat(probabilities).tolist(), strict=True
+        )
+        with rows.open("w", newline="") as file:
+            csv.writer(file).writerows([name, *best, *shares] for name, best, shares in found)
+        seconds = time.perf_counter() - began
+    print(json.dumps({"images": len(names), "images_per_second": len(names) / seconds}))

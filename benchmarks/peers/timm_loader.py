@@ -5,14 +5,11 @@ That script is not in timm's wheel and builds timm's own networks; here, what it
 """
 
 import argparse
-import csv
-import json
-import time
 from contextlib import nullcontext
 from pathlib import Path
 
 import torch
-from network import load
+from network import load, run
 from timm.data import create_dataset, create_loader
 
 parser = argparse.ArgumentParser(description=__doc__)
@@ -50,15 +47,5 @@ def classify(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return logits.float().softmax(dim=1).topk(5)
 
 
-with torch.inference_mode():
-    classify(torch.zeros(arguments.batch_size, 3, network.size, network.size))
-    began = time.perf_counter()
-    probabilities, classes = zip(*(classify(images) for images, _ in loader), strict=True)
-    with arguments.rows.open("w", newline="") as file:
-        names = dataset.filenames(basename=True)
-        rows = zip(
-            names, torch.cat(classes).tolist(), torch.cat(probabilities).tolist(), strict=True
-        )
-        csv.writer(file).writerows([name, *best, *shares] for name, best, shares in rows)
-    seconds = time.perf_counter() - began
-print(json.dumps({"images": len(dataset), "images_per_second": len(dataset) / seconds}))
+first = torch.zeros(arguments.batch_size, 3, network.size, network.size)
+run(classify, loader, dataset.filenames(basename=True), arguments.rows, first)

@@ -4,13 +4,10 @@ By default in single precision; ``--fast`` is channels last and bfloat16 autocas
 """
 
 import argparse
-import csv
-import json
-import time
 from pathlib import Path
 
 import torch
-from network import load
+from network import load, run
 from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
@@ -45,15 +42,5 @@ def classify(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return logits.float().softmax(dim=1).topk(5)
 
 
-with torch.inference_mode():
-    classify(torch.zeros(arguments.batch_size, 3, network.size, network.size))
-    began = time.perf_counter()
-    probabilities, classes = zip(*(classify(images) for images, _ in loader), strict=True)
-    with arguments.rows.open("w", newline="") as file:
-        names = (Path(path).name for path, _ in dataset.samples)
-        rows = zip(
-            names, torch.cat(classes).tolist(), torch.cat(probabilities).tolist(), strict=True
-        )
-        csv.writer(file).writerows([name, *best, *shares] for name, best, shares in rows)
-    seconds = time.perf_counter() - began
-print(json.dumps({"images": len(dataset), "images_per_second": len(dataset) / seconds}))
+first = torch.zeros(arguments.batch_size, 3, network.size, network.size)
+run(classify, loader, [Path(path).name for path, _ in dataset.samples], arguments.rows, first)
