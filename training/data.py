@@ -44,6 +44,9 @@ _CACHE_FOLDER = ".tinyserve-cache"
 _CHUNK = 1 << 20
 
 
+Pixels = NDArray[np.uint8]
+
+
 @dataclass(frozen=True, slots=True)
 class Split:
     """Images and what they show.
@@ -52,7 +55,7 @@ class Split:
     :attr:`Dataset.classes`.
     """
 
-    images: NDArray[np.uint8]
+    images: Pixels
     labels: NDArray[np.int64]
 
     def __len__(self) -> int:
@@ -262,7 +265,7 @@ def _decode_split(
     root: Path, split: str, files: list[tuple[str, int]], size: int, *, skip_bad: bool
 ) -> Split:
     key = _fingerprint(root, files, with_time=True)[:16]
-    folder = _writable_cache(root)
+    folder = cache_folder(root)
     array_path = folder / f"{split}-{size}px-{key}.npy"
     bad_path = array_path.with_suffix(".bad.json")
     if not array_path.exists():
@@ -278,7 +281,7 @@ def _decode_split(
             ) from error
         finally:
             partial.unlink(missing_ok=True)  # gone, or interrupted
-    pixels: NDArray[np.uint8] = np.load(array_path, mmap_mode="c")  # torch wants it writable
+    pixels: Pixels = np.load(array_path, mmap_mode="c")  # torch wants it writable
     labels = np.array([label for _, label in files], dtype=np.int64)
     bad = {int(position): reason for position, reason in json.loads(bad_path.read_text()).items()}
     if not bad:
@@ -326,7 +329,9 @@ def _decode_into(target: Path, paths: list[str], size: int, *, desc: str) -> dic
     return bad
 
 
-def _writable_cache(root: Path) -> Path:
+def cache_folder(root: Path) -> Path:
+    """Where to keep what is computed from the data below ``root``: beside it, or in the user's
+    cache folder where that is not writable."""
     beside = root / _CACHE_FOLDER
     with contextlib.suppress(OSError):
         beside.mkdir(exist_ok=True)

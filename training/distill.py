@@ -1,14 +1,27 @@
-"""Learning from networks that are trained already (Hinton et al., arXiv:1503.02531)."""
+"""Learning from networks that are trained already (Hinton et al., arXiv:1503.02531).
 
+A teacher is either asked at every step about the very images that the student is shown, or once
+about every whole image: see :class:`Teacher` and :func:`kept_answers`.
+"""
+
+import hashlib
+import json
+import os
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from tqdm import tqdm
 
-from tinyserve.errors import UsageError
+from tinyserve.errors import DataError, UsageError
 from tinyserve.modelfile import Label
+from training import data, hardware
 from training.checkpoint import Weights
+
+_ASKED_AT_ONCE = 64
+"""Images."""
 
 
 class Teacher(nn.Module):
@@ -29,8 +42,7 @@ class Teacher(nn.Module):
         if mean.dim() != 1:
             raise UsageError("a recipe that subtracts a mean image cannot have a teacher")
         for number, weights in enumerate(teachers):
-            if list(weights.labels) != list(classes):
-                raise UsageError(f"the teacher {weights.arch} knows other classes than this data")
+            _check_classes(weights, classes)
             if weights.mean.dim() != 1:
                 raise UsageError(f"the teacher {weights.arch} subtracts a mean image")
             self.networks.append(weights.network().to(memory_format=torch.channels_last))
@@ -49,6 +61,81 @@ class Teacher(nn.Module):
                 x = F.interpolate(x, (size, size), mode="bilinear", antialias=True)
             answers = answers + (network(x).float() / temperature).softmax(dim=1)
         return answers / len(self.networks)
+
+
+def kept_answers(
+    teachers: Sequence[Weights],
+    names: Sequence[str],
+    dataset: data.Dataset,
+    *,
+    temperature: float,
+    device: torch.device,
+    precision: str,
+) -> Tensor:
+    """The mean of the teachers' answers to every whole training image, as they are served.
+
+    Probabilities at a temperature, float16 ``[n, classes]``, in the order of the training images.
+    They are kept beside the decoded images for every later run with the same teachers, which
+    ``names`` identifies (see :func:`training.pretrained.identify`). Raises
+    :class:`~tinyserve.errors.UsageError` for teachers of other classes or of images of another
+    size, and :class:`~tinyserve.errors.DataError` where the answers cannot be kept.
+    """
+    images = dataset.train.images
+    for weights in teachers:
+        _check_classes(weights, dataset.classes)
+        if weights.image_size != images.shape[1]:
+            raise UsageError(
+                f"the teacher {weights.arch} is for images of {weights.image_size} px, "
+                f"not of {images.shape[1]} px"
+            )
+    asked = hashlib.sha256(images.data)
+    asked.update(json.dumps([*names, temperature, precision]).encode())
+    path = data.cache_folder(dataset.root) / f"answers-{asked.hexdigest()[:16]}.npy"
+    if not path.exists():
+        answers = _ask(teachers, images, temperature, device, precision)
+        partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+        try:
+            with partial.open("wb") as file:
+                np.save(file, answers.numpy())
+            os.replace(partial, path)
+        except OSError as error:
+            raise DataError(
+                f"cannot keep the teacher's answers in {path.parent}: {error.strerror or error}"
+            ) from error
+        finally:
+            partial.unlink(missing_ok=True)
+    return torch.from_numpy(np.load(path, mmap_mode="c"))
+
+
+def _ask(
+    teachers: Sequence[Weights],
+    images: data.Pixels,
+    temperature: float,
+    device: torch.device,
+    precision: str,
+) -> Tensor:
+    networks = [
+        weights.served().to(device).to(memory_format=torch.channels_last) for weights in teachers
+    ]
+    for network in networks:
+        network.temperature = temperature
+    answers = []
+    with (
+        torch.inference_mode(),
+        hardware.autocast(device, hardware.PRECISIONS[precision]),
+        tqdm(total=len(images), desc="teacher", unit="image", disable=None) as bar,
+    ):
+        for start in range(0, len(images), _ASKED_AT_ONCE):
+            x = torch.from_numpy(images[start : start + _ASKED_AT_ONCE]).to(device)
+            mean = torch.stack([network(x) for network in networks]).mean(dim=0)
+            answers.append(mean.half().cpu())
+            bar.update(len(x))
+    return torch.cat(answers)
+
+
+def _check_classes(weights: Weights, classes: Sequence[Label]) -> None:
+    if list(weights.labels) != list(classes):
+        raise UsageError(f"the teacher {weights.arch} knows other classes than this data")
 
 
 def divergence(logits: Tensor, targets: Tensor, temperature: float) -> Tensor:

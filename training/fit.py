@@ -34,7 +34,7 @@ from tqdm import tqdm
 from tinyserve.errors import TinyserveError, UsageError
 from tinyserve.modelfile import Training
 from tinyserve.report import wilson_interval
-from training import augment, checkpoint, data, distributed, hardware, pretrained
+from training import augment, checkpoint, data, distill, distributed, hardware, pretrained
 from training.distributed import Workers
 from training.evaluate import Score, served_accuracy
 from training.hardware import PRECISIONS
@@ -104,7 +104,27 @@ def _fit_from_files(
         )
     out = arguments.out or Path("runs") / f"{config.arch}-{config.recipe.name}"
     run = Run(out, config, dataset, resume=arguments.resume, workers=workers)
-    trainer = Trainer(config, dataset, device, initial=initial, teachers=teachers, workers=workers)
+    answers = None
+    if teachers and config.recipe.distill_once:
+        with workers.first_before_others():  # as above
+            answers = distill.kept_answers(
+                teachers,
+                config.teachers,
+                dataset,
+                temperature=config.recipe.distill_temperature,
+                device=device,
+                precision=config.precision,
+            )
+        teachers = []
+    trainer = Trainer(
+        config,
+        dataset,
+        device,
+        initial=initial,
+        teachers=teachers,
+        answers=answers,
+        workers=workers,
+    )
     history = fit(trainer, run, deadline)
     _finish(dataset, trainer, run, history, initial)
 
@@ -326,6 +346,11 @@ def _configure(arguments: argparse.Namespace) -> tuple[Config, torch.device]:
         raise UsageError("--time-limit must be at least 0")
     if not SMALLEST_IMAGE <= arguments.image_size <= LARGEST_IMAGE:
         raise UsageError(f"--image-size must be from {SMALLEST_IMAGE} to {LARGEST_IMAGE}")
+    if arguments.teacher and recipe.distill_once and (recipe.cutmix or recipe.mixup):
+        raise UsageError(
+            "mixed images need a teacher that sees them: --set distill_once=false, or cutmix=0 and "
+            "mixup=0"
+        )
     device = hardware.device(arguments.device)
     config = Config(
         arch=arguments.arch,

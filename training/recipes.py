@@ -47,6 +47,10 @@ class Recipe:
     distill_weight: float = 0.7
     """With a teacher: weight of the divergence from it; the labels' loss has the rest."""
     distill_temperature: float = 2.0
+    distill_once: bool = False
+    """Ask a teacher once about each whole image and keep its answers, instead of at every step
+    about the view that the student gets: that costs the time of less than an epoch, not most of
+    every step. Not with CutMix or MixUp, which show what the teacher was not asked about."""
     batch_norm: bool
     """Add batch norm where the paper's layout has none."""
     mean_image: bool
@@ -270,6 +274,7 @@ def cpu(arch: str) -> Recipe:
         sizes=_CPU_SIZES[arch],
         crop_area=None if arch in FIXED_CROP else (0.6, 1.0),
         auxiliary_fades=False,
+        distill_once=True,
         cutmix=0.0,
         ema=None,
     )

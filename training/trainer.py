@@ -45,6 +45,9 @@ class Trainer:
     The images stay on ``device`` as uint8 ``[n, H, W, 3]``; a batch is cropped, flipped, normalised
     and mixed there. Where several processes train together, each computes its share of every batch,
     and all of them call every method here at the same step.
+
+    The run learns from ``teachers``, which are asked at every step, or from ``answers`` that they
+    gave before, see :func:`training.distill.kept_answers`.
     """
 
     lr: float
@@ -64,6 +67,7 @@ class Trainer:
         *,
         initial: Weights | None = None,
         teachers: Sequence[Weights] = (),
+        answers: Tensor | None = None,
         workers: Workers = ALONE,
     ) -> None:
         recipe = config.recipe
@@ -107,6 +111,7 @@ class Trainer:
         self.teacher: Teacher | None = None
         if teachers:
             self.teacher = Teacher(teachers, dataset.classes, self.mean, self.std).to(device)
+        self.answers = None if answers is None else answers.to(device)
         self.mixes: dict[str, nn.Module] = {
             "cutmix": v2.CutMix(num_classes=len(dataset.classes)),
             "mixup": v2.MixUp(num_classes=len(dataset.classes), alpha=0.2),
@@ -175,7 +180,7 @@ class Trainer:
             if mix is not None:
                 x, targets = mix(x, y)
             with nullcontext() if part is parts[-1] else self._without_sync():
-                loss, logits = self._loss(x, targets)
+                loss, logits = self._loss(x, targets, self._wanted(x, indices[part]))
                 loss = loss * (len(y) / len(indices))
                 self.scaler.scale(loss).backward()
             hits = (logits.detach().argmax(dim=1) == y).sum()
@@ -306,10 +311,21 @@ class Trainer:
         pixels = augment.normalise(self.images[indices], self.mean, self.std)
         return augment.extract(pixels, boxes, self.size), self.labels[indices]
 
-    def _loss(self, x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def _wanted(self, x: Tensor, indices: Tensor) -> Tensor | None:
+        """What the teacher answers, probabilities ``[N, classes]``, if there is one."""
+        if self.answers is not None:
+            return self.answers[indices].float()
+        if self.teacher is None:
+            return None
+        with torch.no_grad(), hardware.autocast(self.device, self.precision):
+            wanted: Tensor = self.teacher(x, self.config.recipe.distill_temperature)
+        return wanted
+
+    def _loss(self, x: Tensor, targets: Tensor, wanted: Tensor | None) -> tuple[Tensor, Tensor]:
         """The loss to minimise, and the main logits ``[N, classes]``.
 
-        ``targets`` is labels ``[N]``, or probabilities ``[N, classes]`` where images were mixed.
+        ``targets`` is labels ``[N]``, or probabilities ``[N, classes]`` where images were mixed;
+        ``wanted`` is a teacher's answers.
         """
         recipe = self.config.recipe
         with hardware.autocast(self.device, self.precision):
@@ -318,11 +334,8 @@ class Trainer:
         logits = logits.float()
         smoothing = recipe.label_smoothing
         loss = F.cross_entropy(logits, targets, label_smoothing=smoothing)
-        if self.teacher is not None:
-            temperature = recipe.distill_temperature
-            with torch.no_grad(), hardware.autocast(self.device, self.precision):
-                wanted = self.teacher(x, temperature)
-            weight = recipe.distill_weight
+        if wanted is not None:
+            weight, temperature = recipe.distill_weight, recipe.distill_temperature
             loss = (1 - weight) * loss + weight * divergence(logits, wanted, temperature)
         weight = recipe.auxiliary_weight_at(self.progress)
         for head in auxiliary:

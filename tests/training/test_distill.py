@@ -1,12 +1,14 @@
 import dataclasses
 import math
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from tinyserve.errors import UsageError
-from training import augment, checkpoint
-from training.distill import Teacher, divergence
+from tinyserve.errors import DataError, UsageError
+from training import augment, checkpoint, data
+from training.distill import Teacher, divergence, kept_answers
 from training.models import ARCHS
 
 
@@ -88,6 +90,81 @@ def test_a_teacher_is_not_trained(small_weights):
     teacher = Teacher([weights], weights.labels, weights.mean, weights.std)
     assert not any(parameter.requires_grad for parameter in teacher.parameters())
     assert not any(module.training for module in teacher.modules())
+
+
+# Asked once
+
+
+@pytest.fixture
+def dataset(small_weights, pictures, tmp_path) -> data.Dataset:
+    split = data.Split(pictures.numpy(), np.arange(6) % 3)
+    none = np.array([], dtype=np.int64)
+    return data.Dataset("pictures", small_weights.labels, split, split, none, tmp_path, "0" * 64)
+
+
+def answers_of(
+    teachers: list[checkpoint.Weights],
+    dataset: data.Dataset,
+    names: tuple[str, ...] = ("one",),
+    temperature: float = 2.0,
+) -> torch.Tensor:
+    return kept_answers(
+        teachers,
+        names,
+        dataset,
+        temperature=temperature,
+        device=torch.device("cpu"),
+        precision="fp32",
+    )
+
+
+def test_answers_are_those_of_the_served_networks_at_a_temperature(
+    small_weights, pictures, dataset
+):
+    # One that subtracts a mean image, too, which cannot be asked about crops.
+    teachers = [small_weights, colour_weights(small_weights, 1)]
+    with torch.inference_mode():
+        expected = torch.zeros(6, 3)
+        for weights in teachers:
+            logits = weights.served().logits(pictures)
+            expected += (logits / 2.0).softmax(dim=1) / 2
+    found = answers_of(teachers, dataset)
+    assert found.dtype == torch.float16
+    assert torch.allclose(found.float(), expected, atol=1e-3)
+    assert expected.std(dim=0).max() > 0.01
+
+
+def test_answers_are_kept_for_the_same_question_alone(small_weights, dataset):
+    first, second = (colour_weights(small_weights, seed) for seed in (1, 2))
+    answers = answers_of([first], dataset)
+    # The name is what identifies a teacher: under the same one nobody is asked again.
+    assert torch.equal(answers_of([second], dataset), answers)
+    other = answers_of([second], dataset, names=("two",))
+    assert not torch.allclose(other, answers, atol=0.01)
+    assert not torch.equal(answers_of([first], dataset, temperature=1.0), answers)
+    reversed_split = data.Split(dataset.train.images[::-1].copy(), dataset.train.labels)
+    turned = answers_of([first], dataclasses.replace(dataset, train=reversed_split))
+    assert torch.allclose(turned.flip(0), answers, atol=1e-3)
+    assert not list(Path(dataset.root).rglob("*.partial"))
+
+
+def test_teachers_of_other_classes_or_sizes_are_not_asked(small_weights, dataset):
+    weights = colour_weights(small_weights, 1)
+    with pytest.raises(UsageError, match="other classes"):
+        answers_of([weights], dataclasses.replace(dataset, classes=weights.labels[::-1]))
+    with pytest.raises(UsageError, match="of 32 px, not of 16 px"):
+        answers_of([dataclasses.replace(weights, image_size=32)], dataset)
+    assert not list(Path(dataset.root).rglob("answers-*"))
+
+
+def test_answers_that_cannot_be_kept_are_one_line(small_weights, dataset, monkeypatch):
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(np, "save", full)
+    with pytest.raises(DataError, match=r"cannot keep the teacher's answers in .*No space left"):
+        answers_of([colour_weights(small_weights, 1)], dataset)
+    assert not list(Path(dataset.root).rglob("*answers*"))
 
 
 def test_divergence_is_that_of_the_definition():

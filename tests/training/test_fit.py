@@ -375,6 +375,44 @@ def test_a_run_from_weights_is_ahead_of_one_from_scratch_and_says_so(
     assert config["config"]["init"] == f"{finished.folder.name} {digest}"
 
 
+# Teachers
+
+
+def test_a_run_learns_what_was_answered_about_each_image(make_trainer, photos):
+    """Images whose answer is the next class: a network that fits the answers is always wrong."""
+    recipe = {"distill_weight": 1.0, "cutmix": 0.0, "label_smoothing": 0.0, "warmup": 0.0}
+    config = make_trainer(limit_train=None, epochs=40, lr=0.1, ema=None, **recipe).config
+    dataset = data.load(photos)
+    following = torch.eye(3)[(dataset.train.labels + 1) % 3]
+    trainer = Trainer(config, dataset, CPU, answers=following.half())
+    while trainer.step < trainer.steps:
+        trainer.train_step()
+        if trainer.step % trainer.steps_per_epoch == 0:
+            accuracy = trainer.finish_epoch()["train_top1"]
+    assert accuracy < 0.2
+
+
+@pytest.mark.slow
+def test_a_teacher_asked_once_and_one_asked_every_time(finished, photos, tmp_path, history):
+    teacher = f"--arch inception --recipe cpu --epochs 1 -b 4 --teacher {finished.folder}"
+    once, always = tmp_path / "once", tmp_path / "always"
+    assert fit_here(once, photos, teacher) == 0
+    assert fit_here(always, photos, f"{teacher} --set distill_once=false") == 0
+    digest = hashlib.sha256((finished.folder / "weights.pt").read_bytes()).hexdigest()
+    for folder in (once, always):
+        config = json.loads((folder / "config.json").read_text())
+        assert config["config"]["teachers"] == [f"{finished.folder.name} {digest}"]
+    losses = [history(folder)[0]["train_loss"] for folder in (once, always)]
+    assert losses[0] != losses[1]
+
+
+def test_a_teacher_that_is_asked_once_cannot_teach_mixed_images(photos, tmp_path, check_one_line):
+    arguments = f"--arch inception --recipe cpu --set cutmix=0.5 --teacher {tmp_path}"
+    assert fit_here(tmp_path / "run", photos, arguments) == 2
+    check_one_line("distill_once=false")
+    assert not (tmp_path / "run").exists()
+
+
 # Short runs in this process
 
 
