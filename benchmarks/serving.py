@@ -4,7 +4,8 @@
 
     python benchmarks/serving.py resnet20 inception                  # 1, 8, 64, 256 connections
     python benchmarks/serving.py inception --connections 64 --pixels # raw pixels, nothing to decode
-    python benchmarks/serving.py inception --litserve VENV/bin/python
+    python benchmarks/serving.py inception --litserve VENV/bin/python     # the same session
+    python benchmarks/serving.py inception --litserve VENV/bin/python --device auto
     python benchmarks/serving.py inception --overload 2000           # more than the queue holds
 
 Every connection sends its next request when it has its answer. The server runs in a process of its
@@ -272,9 +273,11 @@ def against_litserve(model: str, files: list[bytes], arguments: argparse.Namespa
     ours = infer_requests(model, files, size, pixels=False)
     theirs = form_requests(files)
     peer = [arguments.litserve, str(ROOT / "benchmarks" / "litserve_peer.py"), str(path)]
+    # Without a device named, each is as it comes: here the fastest that is installed.
+    peer += ["--device", arguments.device] if arguments.device != "auto" else ["--usual"]
     with (
         server(tinyserve(model, arguments.device), r"^http://") as (our_pid, our_port),
-        server([*peer, "--device", arguments.device], r"^listening on") as (their_pid, their_port),
+        server(peer, r"^listening on") as (their_pid, their_port),
     ):
         pids = our_pid, their_pid
         wait_until_ready(our_port, ours)
@@ -319,7 +322,9 @@ def main() -> None:
     parser.add_argument("--connections", default="1,8,64,256")
     parser.add_argument("--seconds", type=float, default=5)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument(
+        "--device", default="cpu", help="auto: each as it comes, LitServe with a plain session"
+    )
     parser.add_argument("--pixels", action="store_true", help="send pixels instead of JPEG files")
     parser.add_argument("--litserve", metavar="PYTHON", help="one that has litserve installed")
     parser.add_argument("--overload", type=int, metavar="CONNECTIONS")

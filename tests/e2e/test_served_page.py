@@ -3,11 +3,14 @@
 import gc
 import subprocess
 import sys
+import time
 
+import httpx
 import pytest
-from serving import running
+from serving import SECONDS, running
 
 from tinyserve import Classifier
+from tinyserve.server import Limits
 
 pytest.importorskip("gradio")
 
@@ -58,3 +61,16 @@ def test_browsers_have_no_keys(tmp_path):
     assert run.returncode == 2
     assert "--ui goes without --api-key-file" in run.stderr
     assert len(run.stderr.splitlines()) == 1
+
+
+def test_an_open_page_does_not_hold_the_server_back():
+    """Its stream ends with the server, which waits half a minute for what does not."""
+    with running("inception", ui=True) as server:
+        url = f"http://127.0.0.1:{server.port}/gradio_api/heartbeat/somebody"
+        with httpx.stream("GET", url, timeout=SECONDS) as stream:
+            lines = stream.iter_lines()
+            assert "ALIVE" in next(lines)
+            began = time.monotonic()
+            server.listener.stop()
+            assert not any("error" in line for line in lines)
+    assert time.monotonic() - began < Limits().end_seconds / 2

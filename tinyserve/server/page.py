@@ -1,24 +1,28 @@
 """The demo page on the server's own address, over the very models that it serves."""
 
+import asyncio
 import functools
 
 from fastapi import FastAPI
+from starlette.routing import Mount
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tinyserve.classifier import Classifier
-from tinyserve.server import Settings
-from tinyserve.server.models import Models
+from tinyserve.server.service import Service
 
 
-def add_page(app: FastAPI, models: Models, settings: Settings) -> None:
+def add_page(app: FastAPI, service: Service) -> None:
     """Put the page at ``/``, behind all routes that there are.
 
     Raises :class:`~tinyserve.errors.UsageError` where Gradio is not installed.
     """
     from tinyserve.demo import build_page, options
 
+    models = service.models
+
     @functools.cache  # those that are not served are loaded when they are first asked for
     def load_other(name: str) -> Classifier:
-        return Classifier(name, device=settings.device)
+        return Classifier(name, device=service.settings.device)
 
     def load(name: str) -> Classifier:
         # Asked for anew each time: a file that is replaced takes over here, too.
@@ -29,3 +33,31 @@ def add_page(app: FastAPI, models: Models, settings: Settings) -> None:
     import gradio
 
     gradio.mount_gradio_app(app, page, "/", **options())
+    mount = app.routes[-1]
+    assert isinstance(mount, Mount)
+    mount.app = _UntilTheEnd(mount.app, service.ended)
+
+
+class _UntilTheEnd:
+    """An application whose streams end with the server.
+
+    An open page listens to one for as long as it is open, for which the server would wait.
+    """
+
+    def __init__(self, app: ASGIApp, ended: asyncio.Event) -> None:
+        self._app = app
+        self._ended = ended
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def receive_or_end() -> Message:
+            message = asyncio.ensure_future(receive())
+            end = asyncio.create_task(self._ended.wait())
+            try:
+                await asyncio.wait({message, end}, return_when=asyncio.FIRST_COMPLETED)
+                return message.result() if message.done() else {"type": "http.disconnect"}
+            finally:
+                message.cancel()
+                end.cancel()
+
+        listens = scope["type"] == "http" and scope["method"] == "GET"
+        await self._app(scope, receive_or_end if listens else receive, send)

@@ -44,7 +44,7 @@ class Listener:
             )
         app = build_app(self._service, with_keys=bool(keys))
         if settings.ui:
-            add_page(app, self._service.models, settings)
+            add_page(app, self._service)
         self._server = _Server(self._service, Access(app, self._service, keys))
 
     def lines(self) -> Iterator[str]:
@@ -115,6 +115,7 @@ class _Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._service.leaving = True
+        self._service.ended.set()
         assert self._work is not None
         self._work.cancel()
         await super().shutdown(sockets)

@@ -29,6 +29,8 @@ class Service:
         self.metrics = Metrics()
         self.models = Models(settings, self.metrics)
         self.bodies = Bodies(settings.limits)
+        self.ended = asyncio.Event()
+        """Set when no more requests are taken."""
         self._pool = ThreadPoolExecutor(default_threads(), thread_name_prefix="decode")
 
     @property
