@@ -128,6 +128,10 @@ def test_what_the_server_says_of_itself_and_its_models(server):
     ]
     assert metadata["parameters"]["device"] == "CPU"
     assert metadata["parameters"]["precision"] == "int8"
+    # What rows of classify name it by, too.
+    fingerprint = Classifier("inception", device="cpu").fingerprint
+    assert metadata["parameters"]["fingerprint"] == fingerprint
+    assert server.metric("tinyserve_model_info", fingerprint=fingerprint) == 1
     index = server.post("/v2/repository/index", json={"ready": True}).json()
     assert [entry["name"] for entry in index] == ["inception", "baseline"]
     assert index == server.post("/v2/repository/index").json()

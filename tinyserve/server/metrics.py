@@ -101,7 +101,7 @@ class Metrics:
             self._model.remove(*labels)
         device = device_name(classifier.engine.provider)
         self._model.labels(
-            model, card.architecture, card.precision, device, fingerprint(classifier)
+            model, card.architecture, card.precision, device, classifier.fingerprint
         ).set(1)
 
     def _models(self) -> list[tuple[str, ...]]:
@@ -112,8 +112,3 @@ class Metrics:
     def text(self) -> bytes:
         """Everything, in the Prometheus text format 0.0.4."""
         return generate_latest(self._registry)
-
-
-def fingerprint(classifier: Classifier) -> str:
-    """The start of the digest of a model's graph."""
-    return classifier.card.graph_sha256[:12]

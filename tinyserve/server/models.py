@@ -14,7 +14,7 @@ from tinyserve.classifier import Classifier
 from tinyserve.devices import device_name
 from tinyserve.errors import BusyError, RequestError, UsageError
 from tinyserve.server import Settings
-from tinyserve.server.metrics import Metrics, fingerprint
+from tinyserve.server.metrics import Metrics
 from tinyserve.server.protocol import VERSION
 
 logger = logging.getLogger("tinyserve")
@@ -93,7 +93,7 @@ class Models:
             "architecture": engine.card.architecture,
             "precision": engine.card.precision,
             "device": device_name(engine.provider),
-            "fingerprint": fingerprint(self.classifiers[name]),
+            "fingerprint": self.classifiers[name].fingerprint,
             **({"fallback": engine.fallback} if engine.fallback else {}),
         }
 
@@ -120,7 +120,7 @@ class Models:
             logger.error("%s goes on as it was; the new file is refused: %s", name, error)
             return
         self._metrics.reloads.labels(name, "taken").inc()
-        logger.info("%s was replaced: now %s", name, fingerprint(classifier))
+        logger.info("%s was replaced: now %s", name, classifier.fingerprint)
         await old.batcher.drain()
 
     async def _take(self, name: str, classifier: Classifier) -> None:
