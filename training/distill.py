@@ -7,7 +7,9 @@ about every whole image: see :class:`Teacher` and :func:`kept_answers`.
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -15,9 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from tinyserve.engine import Engine
 from tinyserve.errors import DataError, UsageError
 from tinyserve.modelfile import Label
-from training import data, hardware
+from training import data, hardware, pretrained
 from training.checkpoint import Weights
 
 _ASKED_AT_ONCE = 64
@@ -42,7 +45,7 @@ class Teacher(nn.Module):
         if mean.dim() != 1:
             raise UsageError("a recipe that subtracts a mean image cannot have a teacher")
         for number, weights in enumerate(teachers):
-            _check_classes(weights, classes)
+            _check_classes(weights.arch, weights.labels, classes)
             if weights.mean.dim() != 1:
                 raise UsageError(f"the teacher {weights.arch} subtracts a mean image")
             self.networks.append(weights.network().to(memory_format=torch.channels_last))
@@ -63,40 +66,65 @@ class Teacher(nn.Module):
         return answers / len(self.networks)
 
 
-def kept_answers(
-    teachers: Sequence[Weights],
-    names: Sequence[str],
-    dataset: data.Dataset,
-    *,
-    temperature: float,
-    device: torch.device,
-    precision: str,
-) -> Tensor:
-    """The mean of the teachers' answers to every whole training image, as they are served.
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A teacher that is asked about whole images, as it is served."""
+
+    name: str
+    """As :func:`training.pretrained.identify` has it."""
+    labels: tuple[Label, ...]
+    image_size: int
+    ask: Callable[[data.Pixels], Tensor]
+    """From images, uint8 ``[N, image_size, image_size, 3]``, to probabilities, ``[N, classes]``."""
+
+
+def open_source(path: Path, device: torch.device, precision: str) -> Source:
+    """A finished run's network on ``device``, or a model file on the best device for serving it.
+
+    Raises :class:`~tinyserve.errors.TinyserveError` where there is neither.
+    """
+    if not path.is_dir():
+        name = pretrained.identify(path)
+        engine = Engine(path)
+        card = engine.card
+        return Source(
+            name, card.labels, card.image_size, lambda images: torch.from_numpy(engine.run(images))
+        )
+    weights = pretrained.load(path)
+    network = weights.served().to(device).to(memory_format=torch.channels_last)
+
+    def ask(images: data.Pixels) -> Tensor:
+        with torch.inference_mode(), hardware.autocast(device, hardware.PRECISIONS[precision]):
+            answers: Tensor = network(torch.from_numpy(images).to(device))
+        return answers.cpu()
+
+    return Source(pretrained.identify(path), weights.labels, weights.image_size, ask)
+
+
+def kept_answers(sources: Sequence[Source], dataset: data.Dataset, temperature: float) -> Tensor:
+    """The mean of the teachers' answers to every whole training image.
 
     Probabilities at a temperature, float16 ``[n, classes]``, in the order of the training images.
-    They are kept beside the decoded images for every later run with the same teachers, which
-    ``names`` identifies (see :func:`training.pretrained.identify`). Raises
+    They are kept beside the decoded images for every later run with the same teachers. Raises
     :class:`~tinyserve.errors.UsageError` for teachers of other classes or of images of another
     size, and :class:`~tinyserve.errors.DataError` where the answers cannot be kept.
     """
     images = dataset.train.images
-    for weights in teachers:
-        _check_classes(weights, dataset.classes)
-        if weights.image_size != images.shape[1]:
+    for source in sources:
+        _check_classes(source.name, source.labels, dataset.classes)
+        if source.image_size != images.shape[1]:
             raise UsageError(
-                f"the teacher {weights.arch} is for images of {weights.image_size} px, "
+                f"the teacher {source.name} is for images of {source.image_size} px, "
                 f"not of {images.shape[1]} px"
             )
     asked = hashlib.sha256(images.data)
-    asked.update(json.dumps([*names, temperature, precision]).encode())
+    asked.update(json.dumps([*(source.name for source in sources), temperature]).encode())
     path = data.cache_folder(dataset.root) / f"answers-{asked.hexdigest()[:16]}.npy"
     if not path.exists():
-        answers = _ask(teachers, images, temperature, device, precision)
         partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
         try:
             with partial.open("wb") as file:
-                np.save(file, answers.numpy())
+                np.save(file, _ask(sources, images, temperature).numpy())
             os.replace(partial, path)
         except OSError as error:
             raise DataError(
@@ -107,35 +135,21 @@ def kept_answers(
     return torch.from_numpy(np.load(path, mmap_mode="c"))
 
 
-def _ask(
-    teachers: Sequence[Weights],
-    images: data.Pixels,
-    temperature: float,
-    device: torch.device,
-    precision: str,
-) -> Tensor:
-    networks = [
-        weights.served().to(device).to(memory_format=torch.channels_last) for weights in teachers
-    ]
-    for network in networks:
-        network.temperature = temperature
+def _ask(sources: Sequence[Source], images: data.Pixels, temperature: float) -> Tensor:
     answers = []
-    with (
-        torch.inference_mode(),
-        hardware.autocast(device, hardware.PRECISIONS[precision]),
-        tqdm(total=len(images), desc="teacher", unit="image", disable=None) as bar,
-    ):
+    with tqdm(total=len(images), desc="teacher", unit="image", disable=None) as bar:
         for start in range(0, len(images), _ASKED_AT_ONCE):
-            x = torch.from_numpy(images[start : start + _ASKED_AT_ONCE]).to(device)
-            mean = torch.stack([network(x) for network in networks]).mean(dim=0)
-            answers.append(mean.half().cpu())
-            bar.update(len(x))
+            batch = images[start : start + _ASKED_AT_ONCE]
+            # Softmax of logits over T, from the softmax of the logits.
+            soft = [(source.ask(batch).log() / temperature).softmax(dim=1) for source in sources]
+            answers.append(torch.stack(soft).mean(dim=0).half())
+            bar.update(len(batch))
     return torch.cat(answers)
 
 
-def _check_classes(weights: Weights, classes: Sequence[Label]) -> None:
-    if list(weights.labels) != list(classes):
-        raise UsageError(f"the teacher {weights.arch} knows other classes than this data")
+def _check_classes(teacher: str, known: Sequence[Label], classes: Sequence[Label]) -> None:
+    if list(known) != list(classes):
+        raise UsageError(f"the teacher {teacher} knows other classes than this data")
 
 
 def divergence(logits: Tensor, targets: Tensor, temperature: float) -> Tensor:

@@ -94,7 +94,13 @@ def _fit_from_files(
     deadline: float | None,
 ) -> None:
     initial = None if arguments.init is None else pretrained.load(arguments.init)
-    teachers = [pretrained.load(path) for path in arguments.teacher]
+    teachers, sources = [], []
+    if config.recipe.distill_once:
+        sources = [
+            distill.open_source(path, device, config.precision) for path in arguments.teacher
+        ]
+    else:
+        teachers = [pretrained.load(path) for path in arguments.teacher]
     with workers.first_before_others():  # the first decodes the images, the others map its array
         dataset = data.load(
             data.locate(arguments.data),
@@ -105,17 +111,9 @@ def _fit_from_files(
     out = arguments.out or Path("runs") / f"{config.arch}-{config.recipe.name}"
     run = Run(out, config, dataset, resume=arguments.resume, workers=workers)
     answers = None
-    if teachers and config.recipe.distill_once:
+    if sources:
         with workers.first_before_others():  # as above
-            answers = distill.kept_answers(
-                teachers,
-                config.teachers,
-                dataset,
-                temperature=config.recipe.distill_temperature,
-                device=device,
-                precision=config.precision,
-            )
-        teachers = []
+            answers = distill.kept_answers(sources, dataset, config.recipe.distill_temperature)
     trainer = Trainer(
         config,
         dataset,

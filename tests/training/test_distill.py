@@ -1,14 +1,13 @@
 import dataclasses
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from tinyserve.errors import DataError, UsageError
-from training import augment, checkpoint, data
-from training.distill import Teacher, divergence, kept_answers
+from training import augment, checkpoint, data, export
+from training.distill import Teacher, divergence, kept_answers, open_source
 from training.models import ARCHS
 
 
@@ -102,24 +101,30 @@ def dataset(small_weights, pictures, tmp_path) -> data.Dataset:
     return data.Dataset("pictures", small_weights.labels, split, split, none, tmp_path, "0" * 64)
 
 
-def answers_of(
-    teachers: list[checkpoint.Weights],
-    dataset: data.Dataset,
-    names: tuple[str, ...] = ("one",),
-    temperature: float = 2.0,
-) -> torch.Tensor:
-    return kept_answers(
-        teachers,
-        names,
-        dataset,
-        temperature=temperature,
-        device=torch.device("cpu"),
-        precision="fp32",
-    )
+@pytest.fixture
+def answers_of(dataset, tmp_path):
+    """The answers of some weights, as those of finished runs, under names of their own."""
+
+    def answers(
+        *teachers: checkpoint.Weights,
+        name: str | None = None,
+        dataset: data.Dataset = dataset,
+        temperature: float = 2.0,
+    ) -> torch.Tensor:
+        sources = []
+        for number, weights in enumerate(teachers):
+            folder = tmp_path / f"run-{number}"
+            folder.mkdir(exist_ok=True)
+            checkpoint.save_weights(folder, weights)
+            source = open_source(folder, torch.device("cpu"), "fp32")
+            sources.append(dataclasses.replace(source, name=name or source.name))
+        return kept_answers(sources, dataset, temperature)
+
+    return answers
 
 
 def test_answers_are_those_of_the_served_networks_at_a_temperature(
-    small_weights, pictures, dataset
+    small_weights, pictures, answers_of
 ):
     # One that subtracts a mean image, too, which cannot be asked about crops.
     teachers = [small_weights, colour_weights(small_weights, 1)]
@@ -128,43 +133,55 @@ def test_answers_are_those_of_the_served_networks_at_a_temperature(
         for weights in teachers:
             logits = weights.served().logits(pictures)
             expected += (logits / 2.0).softmax(dim=1) / 2
-    found = answers_of(teachers, dataset)
+    found = answers_of(*teachers)
     assert found.dtype == torch.float16
     assert torch.allclose(found.float(), expected, atol=1e-3)
     assert expected.std(dim=0).max() > 0.01
 
 
-def test_answers_are_kept_for_the_same_question_alone(small_weights, dataset):
+def test_answers_are_kept_for_the_same_question_alone(small_weights, dataset, answers_of):
     first, second = (colour_weights(small_weights, seed) for seed in (1, 2))
-    answers = answers_of([first], dataset)
+    answers = answers_of(first, name="one")
     # The name is what identifies a teacher: under the same one nobody is asked again.
-    assert torch.equal(answers_of([second], dataset), answers)
-    other = answers_of([second], dataset, names=("two",))
-    assert not torch.allclose(other, answers, atol=0.01)
-    assert not torch.equal(answers_of([first], dataset, temperature=1.0), answers)
-    reversed_split = data.Split(dataset.train.images[::-1].copy(), dataset.train.labels)
-    turned = answers_of([first], dataclasses.replace(dataset, train=reversed_split))
-    assert torch.allclose(turned.flip(0), answers, atol=1e-3)
-    assert not list(Path(dataset.root).rglob("*.partial"))
+    assert torch.equal(answers_of(second, name="one"), answers)
+    assert not torch.allclose(answers_of(second), answers, atol=0.01)
+    assert not torch.equal(answers_of(first, name="one", temperature=1.0), answers)
+    turned = data.Split(dataset.train.images[::-1].copy(), dataset.train.labels)
+    other = answers_of(first, name="one", dataset=dataclasses.replace(dataset, train=turned))
+    assert torch.allclose(other.flip(0), answers, atol=1e-3)
+    assert not list(dataset.root.rglob("*.partial"))
 
 
-def test_teachers_of_other_classes_or_sizes_are_not_asked(small_weights, dataset):
+@pytest.mark.slow
+def test_a_model_file_answers_as_the_run_that_it_was_exported_from(finished, tmp_path):
+    assert export.main([str(finished.folder), "-o", str(tmp_path)]) == 0
+    images = data.load(finished.data).train.images
+    run, file = (
+        open_source(path, torch.device("cpu"), "fp32")
+        for path in (finished.folder, tmp_path / "inception.onnx")
+    )
+    assert (file.labels, file.image_size) == (run.labels, run.image_size)
+    assert file.name != run.name
+    assert torch.allclose(file.ask(images), run.ask(images), atol=1e-4)
+
+
+def test_teachers_of_other_classes_or_sizes_are_not_asked(small_weights, dataset, answers_of):
     weights = colour_weights(small_weights, 1)
     with pytest.raises(UsageError, match="other classes"):
-        answers_of([weights], dataclasses.replace(dataset, classes=weights.labels[::-1]))
+        answers_of(weights, dataset=dataclasses.replace(dataset, classes=weights.labels[::-1]))
     with pytest.raises(UsageError, match="of 32 px, not of 16 px"):
-        answers_of([dataclasses.replace(weights, image_size=32)], dataset)
-    assert not list(Path(dataset.root).rglob("answers-*"))
+        answers_of(dataclasses.replace(weights, image_size=32))
+    assert not list(dataset.root.rglob("answers-*"))
 
 
-def test_answers_that_cannot_be_kept_are_one_line(small_weights, dataset, monkeypatch):
+def test_answers_that_cannot_be_kept_are_one_line(small_weights, dataset, answers_of, monkeypatch):
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(np, "save", full)
     with pytest.raises(DataError, match=r"cannot keep the teacher's answers in .*No space left"):
-        answers_of([colour_weights(small_weights, 1)], dataset)
-    assert not list(Path(dataset.root).rglob("*answers*"))
+        answers_of(colour_weights(small_weights, 1))
+    assert not list(dataset.root.rglob("*answers*"))
 
 
 def test_divergence_is_that_of_the_definition():
