@@ -10,6 +10,7 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
+from tinyserve.bound_batches import BoundBatches
 from tinyserve.devices import CPU, CUDA, TENSORRT
 from tinyserve.errors import DeviceError
 from tinyserve.modelfile import (
@@ -57,9 +58,14 @@ class OnnxRuntimeSession:
         if strict and self.provider != providers[0][0]:
             raise DeviceError(f"device {device} cannot run: ONNX Runtime chose {self.provider}")
         self.card = _card(path, self._session)
+        self._batches: BoundBatches | None = None
+        if self.provider == CUDA:
+            self._batches = BoundBatches(self._session, "cuda", self.card)
 
     def run(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Probabilities; see :meth:`tinyserve.engine.Engine.run`."""
+        if self._batches is not None:
+            return self._batches.run(images)
         (probabilities,) = self._session.run([OUTPUT_NAME], {INPUT_NAME: images})
         return np.asarray(probabilities)
 
