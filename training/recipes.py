@@ -53,6 +53,8 @@ class Recipe:
     every step. Not with CutMix or MixUp, which show what the teacher was not asked about."""
     batch_norm: bool
     """Add batch norm where the paper's layout has none."""
+    dropout: float | None = None
+    """Of every dropout layer, in place of the layout's: less for runs too short to overfit."""
     mean_image: bool
     """Subtract the mean training image; otherwise the mean colour."""
     crop: int
@@ -83,7 +85,7 @@ class Recipe:
             self.sizes, key=lambda size: size[0]
         ):
             raise UsageError("training sizes must start at progress 0 and be in order of progress")
-        for name in ("warmup", "momentum", "label_smoothing", "ema"):
+        for name in ("warmup", "momentum", "label_smoothing", "dropout", "ema"):
             if not 0 <= (getattr(self, name) or 0) < 1:
                 raise UsageError(f"{name.replace('_', ' ')} must be at least 0 and below 1")
         if not (self.cutmix >= 0 and self.mixup >= 0 and self.cutmix + self.mixup <= 1):

@@ -99,6 +99,10 @@ class Trainer:
         network = ARCHS[config.arch](
             len(dataset.classes), image_size=recipe.final_size, batch_norm=recipe.batch_norm
         )
+        if recipe.dropout is not None:
+            for module in network.modules():
+                if isinstance(module, nn.Dropout):
+                    module.p = recipe.dropout
         self.model = network.to(device).to(memory_format=torch.channels_last)
         if initial is not None:
             pretrained.start_from(self.model, initial, dataset.classes)

@@ -334,6 +334,15 @@ def test_flat_pictures_can_be_normalised():
     assert std.tolist() == [1, 1, 1]
 
 
+def test_a_recipe_may_set_dropout(make_trainer):
+    def shares(trainer):
+        return [m.p for m in trainer.model.modules() if isinstance(m, torch.nn.Dropout)]
+
+    assert shares(make_trainer()) == [0.3, 0.3]
+    assert shares(make_trainer(dropout=0.1)) == [0.1, 0.1]
+    assert shares(make_trainer(dropout=0.0)) == [0.0, 0.0]
+
+
 # Weights to start from
 
 
