@@ -3,6 +3,7 @@
 import asyncio
 import threading
 import time
+from collections import Counter
 from contextlib import contextmanager
 
 import numpy as np
@@ -168,9 +169,33 @@ def test_the_time_to_come_back_follows_the_queue_and_the_speed():
     async def main():
         batcher = Batcher(slow, max_queue=100)
         await ask(batcher, 0)  # five images a second, at most
-        with batcher.place(100), pytest.raises(BusyError) as refused:
-            await ask(batcher, 1)
-        assert 20 <= refused.value.retry_after <= 60
+        with batcher.place(100):
+            with pytest.raises(BusyError) as refused:
+                await ask(batcher, 1)
+            assert 20 <= refused.value.retry_after <= 60
+        await batcher.drain()
+
+    asyncio.run(main())
+
+
+def test_who_is_refused_is_not_told_to_come_back_with_all_the_others():
+    def slow(images):
+        time.sleep(0.1)
+        return images.astype(np.float32)
+
+    async def main():
+        batcher = Batcher(slow, max_queue=100)
+        await ask(batcher, *range(20))  # two hundred images a second, at most
+        told = []
+        with batcher.place(100):
+            for _ in range(1000):
+                with pytest.raises(BusyError) as refused:
+                    await ask(batcher, 1)
+                told.append(refused.value.retry_after)
+        assert told == sorted(told)
+        assert told[-1] >= told[0] + 3  # 800 images more are expected
+        assert told[-1] <= 60
+        assert Counter(told).most_common(1)[0][1] < 500
         await batcher.drain()
 
     asyncio.run(main())

@@ -23,6 +23,11 @@ Watch = Callable[[int, float, float], None]
 
 _LONGEST_RETRY = 60
 """Seconds after which anybody may try again, however long the queue."""
+_MOST_EXPECTED = 8
+"""Times ``max_queue``: at most so many of the images that were refused are expected back. Who comes
+back too early, and is counted again, cannot keep the others away for long."""
+_SMOOTHING = 0.2
+"""Weight of the last batch in the speed."""
 
 
 @dataclass(slots=True, eq=False)
@@ -67,6 +72,9 @@ class Batcher:
         self._max_delay = max_delay
         self._watch = watch
         self._images_per_second = 0.0
+        self._batch_ended = 0.0
+        self._expected = 0.0
+        self._refused_last = 0.0
         self._loop = asyncio.get_running_loop()
         self._empty = asyncio.Event()
         self._empty.set()
@@ -85,7 +93,7 @@ class Batcher:
         if self.waiting + count > self.max_queue:
             raise BusyError(
                 f"the queue is full ({self.waiting} of {self.max_queue} images)",
-                retry_after=self._retry_after(),
+                retry_after=self._retry_after(count),
             )
         self.waiting += count
         self._empty.clear()
@@ -115,11 +123,19 @@ class Batcher:
             return await parts[0].answer
         return np.concatenate(await asyncio.gather(*(part.answer for part in parts)))
 
-    def _retry_after(self) -> int:
-        """Seconds in which the queue will have been worked off."""
-        if not self._images_per_second:
+    def _retry_after(self, count: int) -> int:
+        """Seconds after which it will be the turn of ``count`` images that are refused.
+
+        Those that were refused before them come first. Told the same, all would be back at once,
+        most of them to be refused again, which takes the time that the answers need.
+        """
+        speed, now = self._images_per_second, time.monotonic()
+        if not speed:
             return 1
-        return min(_LONGEST_RETRY, math.ceil(self.waiting / self._images_per_second))
+        self._expected = max(0.0, self._expected - speed * (now - self._refused_last))
+        self._expected = min(self._expected + count, _MOST_EXPECTED * self.max_queue)
+        self._refused_last = now
+        return min(_LONGEST_RETRY, math.ceil((self.waiting + self._expected) / speed))
 
     def _work(self) -> None:
         for batch in self._batches():
@@ -166,12 +182,20 @@ class Batcher:
                 return [error]
             # Whoever is to blame, the others get their answers.
             return [answer for part in batch for answer in self._answers([part])]
-        seconds = time.monotonic() - began
-        self._images_per_second = len(rows) / max(seconds, 1e-6)
+        ended = time.monotonic()
+        self._note_speed(len(rows), ended - max(batch[0].arrived, self._batch_ended))
+        self._batch_ended = ended
         if self._watch is not None:
-            self._watch(len(rows), began - batch[0].arrived, seconds)
+            self._watch(len(rows), began - batch[0].arrived, ended - began)
         ends = np.cumsum([len(images) for images in batch_images])
         return list(np.split(rows, ends[:-1]))
+
+    def _note_speed(self, count: int, seconds: float) -> None:
+        """Of images that were there for so long with no batch before them."""
+        speed = count / max(seconds, 1e-6)
+        if self._images_per_second:
+            speed = _SMOOTHING * speed + (1 - _SMOOTHING) * self._images_per_second
+        self._images_per_second = speed
 
 
 def _deliver(batch: Sequence[_Part], answers: Sequence[NDArray[np.float32] | Exception]) -> None:
