@@ -5,6 +5,7 @@ import base64
 import dataclasses
 import http.client
 import json
+import re
 import shutil
 import socket
 import subprocess
@@ -516,6 +517,36 @@ def test_more_connections_than_the_queue_holds_get_200_or_503(goldfish):
         assert server.metric("tinyserve_requests_total", route="/classify") == 900
     assert len(statuses) == 900
     assert set(statuses) == {200, 503}
+
+
+@pytest.mark.slow
+def test_busy_connections_keep_no_new_one_waiting(goldfish):
+    count, most = 300, 5
+    request = b"POST /classify HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(goldfish)
+    request += goldfish
+
+    async def ask_until_each_has_an_answer(port):
+        streams = [await asyncio.open_connection("127.0.0.1", port) for _ in range(count)]
+        answers = [0] * count
+
+        async def ask(place):
+            reader, writer = streams[place]
+            while not all(answers):
+                writer.write(request)
+                head = await reader.readuntil(b"\r\n\r\n")
+                length = re.search(rb"content-length: (\d+)", head.lower())[1]
+                await reader.readexactly(int(length))
+                answers[place] += 1
+            writer.close()
+            await writer.wait_closed()
+
+        # All at once, as after a restart: the server has not accepted most of them yet.
+        await asyncio.wait_for(asyncio.gather(*map(ask, range(count))), SECONDS)
+        return answers
+
+    with running(max_queue=16) as server:
+        answers = asyncio.run(ask_until_each_has_an_answer(server.port))
+    assert max(answers) <= most
 
 
 @pytest.fixture

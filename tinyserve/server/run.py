@@ -77,6 +77,8 @@ class _Server(uvicorn.Server):
             access,
             http=_protocol(limits),
             ws="none",
+            # uvloop takes one new connection a turn, in which it serves all others: seconds, in a rush.
+            loop="asyncio",
             log_config=None,
             access_log=False,
             server_header=False,
