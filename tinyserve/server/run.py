@@ -77,7 +77,8 @@ class _Server(uvicorn.Server):
             access,
             http=_protocol(limits),
             ws="none",
-            # uvloop takes one new connection a turn, in which it serves all others: seconds, in a rush.
+            # uvloop accepts one connection a turn, in which all others are served: in a rush, those
+            # that come wait for seconds.
             loop="asyncio",
             log_config=None,
             access_log=False,
