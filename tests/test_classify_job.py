@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 import zipfile
 
 import pytest
@@ -114,13 +115,16 @@ def test_killed_at_random_moments_nothing_is_lost_or_doubled(many, tmp_path):
     kills = 0
     for _ in range(5):
         command = [*COMMAND, str(many), "-o", str(output), "--resume", "-b", "4", "-j", "1"]
+        before = output.stat().st_size if output.exists() else 0
+        more = moments.randrange(60_000)  # bytes, of about 400,000 in all
         with subprocess.Popen(command, stderr=subprocess.DEVNULL) as run:
-            try:
-                run.wait(timeout=0.4 + moments.random())
-            except subprocess.TimeoutExpired:
-                run.send_signal(signal.SIGKILL)
-                kills += 1
-    assert kills
+            while run.poll() is None:
+                if output.exists() and output.stat().st_size > before + more:
+                    run.send_signal(signal.SIGKILL)
+                    kills += 1
+                    break
+                time.sleep(0.001)
+    assert kills == 5
     run = classify(many, "-o", output, "--resume")
     assert run.returncode == 0, run.stderr
     assert "600 images" in run.stderr
