@@ -26,10 +26,11 @@ from training.models import ARCHS
 from training.recipes import Recipe
 from training.run import Config, Row
 
-CPU_PIXELS = 40 * 64 * 64
-"""On a CPU a batch goes through the network in equal parts of at most this many pixels, 40 images
-of 64 x 64: so much keeps the modern recipe's peak at 3.3 GB, and larger parts are no faster. Batch
-norm then takes its statistics from a part."""
+CPU_ACTIVATIONS = 240_000_000
+"""On a CPU a batch goes through the network in equal parts, each with at most so many outputs of
+layers: 40 images of 64 x 64 for resnet20, 1,300 of 56 x 56 for baseline, whose large matrices cost
+the same for a part of any size. That keeps the modern recipe's peak at 3.3 GB, and larger parts are
+no faster. Batch norm takes its statistics from a part."""
 
 REFIT_IMAGES = 1024
 """Training images that give the batch norms of weights to start from their first statistics."""
@@ -107,6 +108,7 @@ class Trainer:
         if initial is not None:
             pretrained.start_from(self.model, initial, dataset.classes)
             self._refit_norms()
+        self._activations = activations_per_pixel(self.model, recipe.final_size)
         self.average: AveragedModel | None = None
         if recipe.ema is not None:
             self.average = AveragedModel(
@@ -285,7 +287,9 @@ class Trainer:
     def _parts(self) -> int:
         if self.device.type != "cpu":
             return 1
-        return math.ceil(self.batch_size // self.workers.count * self.size**2 / CPU_PIXELS)
+        count = self.batch_size // self.workers.count
+        wanted = math.ceil(count * self.size**2 * self._activations / CPU_ACTIVATIONS)
+        return min(wanted, count // 2)  # batch norm needs two images
 
     def _permutation(self) -> Tensor:
         torch.manual_seed(_mix(self.config.seed, 2, self.step // self.steps_per_epoch))
@@ -380,6 +384,28 @@ def pixel_statistics(images: Tensor, subset: Tensor, *, mean_image: bool) -> tup
     std = ((squares / len(subset)).mean(dim=(0, 1)) - colour.square()).sqrt()
     # Pictures of one flat colour have no deviation to divide by.
     return (mean if mean_image else colour).float(), std.clamp(min=1).float()
+
+
+def activations_per_pixel(network: nn.Module, size: int) -> float:
+    """Numbers that all layers of a network give for an image of ``size``, for each of its pixels.
+
+    The network sees one, float ``[1, 3, size, size]``.
+    """
+    count = 0
+
+    def add(_: nn.Module, __: Any, output: Tensor) -> None:
+        nonlocal count
+        count += output.numel()
+
+    layers = [module for module in network.modules() if not any(module.children())]
+    hooks = [layer.register_forward_hook(add) for layer in layers]
+    training, device = network.training, next(network.parameters()).device
+    with torch.no_grad():
+        network.eval()(torch.zeros(1, 3, size, size, device=device))
+    network.train(training)
+    for hook in hooks:
+        hook.remove()
+    return count / size**2
 
 
 def _parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:

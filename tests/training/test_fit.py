@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from tinyserve.engine import Engine
 from tinyserve.modelfile import Label
@@ -16,7 +16,7 @@ from training import augment, checkpoint, data, export, fit
 from training.models import ARCHS, count_parameters, is_auxiliary
 from training.recipes import RECIPES
 from training.run import Config
-from training.trainer import Trainer, pixel_statistics
+from training.trainer import Trainer, activations_per_pixel, pixel_statistics
 
 COLUMNS = [
     "epoch",
@@ -227,6 +227,27 @@ def test_stopping_within_an_epoch_changes_no_bit(make_trainer, tmp_path, stop, a
     rows = [whole.finish_epoch(), second.finish_epoch()]
     assert all(row.pop(name) > 0 for row in rows for name in TIMES)
     assert rows[0] == rows[1]
+
+
+def test_the_memory_of_a_network_is_counted_layer_by_layer():
+    network = nn.Sequential(
+        nn.Conv2d(3, 4, 3, padding=1),
+        nn.Sequential(nn.BatchNorm2d(4), nn.MaxPool2d(2)),
+        nn.Flatten(),
+    )
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    assert activations_per_pixel(network, 8) == 4 + 4 + 1 + 1
+    assert all(module.training and not module._forward_hooks for module in network.modules())
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+
+
+def test_on_a_cpu_a_batch_is_computed_in_parts_that_fit_the_network(make_trainer, monkeypatch):
+    image = activations_per_pixel(make_trainer().model, 24) * 24**2
+    for wanted, parts in ((1, 1), (2, 2), (4, 2)):  # batch norm needs two images
+        monkeypatch.setattr("training.trainer.CPU_ACTIVATIONS", math.ceil(4 * image / wanted))
+        trainer = make_trainer()
+        shown = batches(trainer)
+        assert [len(x) for x in shown] == [4 // parts] * parts * trainer.steps
 
 
 def batches(trainer: Trainer) -> list[Tensor]:
