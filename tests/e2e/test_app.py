@@ -91,6 +91,8 @@ def test_picture_can_be_taken_with_the_camera(page: Any) -> None:
     """Chromium's own test picture stands in for the camera's."""
     page.get_by_label("Capture from camera").click()
     page.get_by_text("Click to Access Webcam").click()
+    # A photo taken before the camera's first picture has no pixels, and Gradio then says nothing.
+    page.wait_for_function("document.querySelector('video')?.videoWidth > 0")
     page.get_by_label("capture photo").click()
     assert len(shown(page)) == 5
 
