@@ -29,8 +29,8 @@ from training.run import Config, Row
 CPU_ACTIVATIONS = 240_000_000
 """On a CPU a batch goes through the network in equal parts, each with at most so many outputs of
 layers: 40 images of 64 x 64 for resnet20, 1,300 of 56 x 56 for baseline, whose large matrices cost
-the same for a part of any size. That keeps the modern recipe's peak at 3.3 GB, and larger parts are
-no faster. Batch norm takes its statistics from a part."""
+the same for a part of any size. A process that trains by the modern recipe then peaks at 1.7 GB
+beside the images, and larger parts are no faster. Batch norm takes its statistics from a part."""
 
 REFIT_IMAGES = 1024
 """Training images that give the batch norms of weights to start from their first statistics."""
@@ -55,6 +55,8 @@ class Trainer:
     """Learning rate of the last step."""
     size: int
     """Side in pixels of the images of the last step."""
+    _activations: float
+    """On a CPU: numbers that all layers give for each pixel of an image."""
     _order: Tensor | None
     """The epoch's permutation of the training images; drawn at its first step."""
     _sums: Tensor
@@ -108,7 +110,8 @@ class Trainer:
         if initial is not None:
             pretrained.start_from(self.model, initial, dataset.classes)
             self._refit_norms()
-        self._activations = activations_per_pixel(self.model, recipe.final_size)
+        if device.type == "cpu":
+            self._activations = activations_per_pixel(self.model, recipe.final_size)
         self.average: AveragedModel | None = None
         if recipe.ema is not None:
             self.average = AveragedModel(
