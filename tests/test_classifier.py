@@ -6,7 +6,7 @@ import pytest
 
 from tinyserve import Classifier
 from tinyserve.archives import Member
-from tinyserve.classifier import _batches, _label_keys, _rank
+from tinyserve.classifier import _batches, _label_keys, _ranks
 from tinyserve.dataset import Input, find_inputs
 from tinyserve.errors import ImageError
 from tinyserve.modelfile import Label
@@ -132,7 +132,9 @@ def test_a_name_that_two_classes_share_matches_neither():
 
 def test_rank_follows_the_order_of_the_predictions():
     row = np.array([0.1, 0.4, 0.1, 0.4], np.float32)
-    assert [_rank(row, index) for index in range(4)] == [2, 0, 3, 1]
+    rows = np.stack([row] * 5)
+    assert list(_ranks(rows, [0, 1, None, 2, 3])) == [2, 0, None, 3, 1]
+    assert list(_ranks(rows[:0], [])) == []
     assert np.argsort(-row, kind="stable").tolist() == [1, 3, 0, 2]
 
 

@@ -190,8 +190,14 @@ def test_a_large_jpeg_decoded_small_is_hardly_another_picture(samples):
     assert difference.mean() < 0.5
 
 
-def test_what_is_no_regular_file_is_not_opened(tmp_path):
+def test_what_is_no_regular_file_is_not_read(tmp_path):
     os.mkfifo(tmp_path / "pipe.jpg")
     for path in (tmp_path / "pipe.jpg", "/dev/zero", "nul\0.jpg"):
         with pytest.raises(ImageError, match="cannot read"):
             images.read(path)
+
+
+def test_a_file_that_comes_in_pieces_is_read_whole(photo, monkeypatch):
+    read = os.read
+    monkeypatch.setattr(os, "read", lambda descriptor, size: read(descriptor, min(size, 100)))
+    assert images.read(photo) == photo.read_bytes()

@@ -158,35 +158,44 @@ class Classifier:
                 good += 1
             except ImageError as error:
                 errors.append(str(error))
-        rows = iter(self.engine.run(pixels[:good]) if good else ())
+        labels = self.card.labels
+        rows = (
+            self.engine.run(pixels[:good]) if good else np.empty((0, len(labels)), dtype=np.float32)
+        )
+        indices = [self.label_index(item.label) for item in batch]
+        predictions = iter(self._likeliest(rows, k))
+        ranks = _ranks(rows, [i for i, error in zip(indices, errors, strict=True) if not error])
         return [
-            self._result(item, version, error, None if error else next(rows), k)
-            for item, version, error in zip(batch, versions, errors, strict=True)
+            Result(
+                item,
+                version,
+                error,
+                () if error else next(predictions),
+                None if index is None else labels[index],
+                None if error else next(ranks),
+            )
+            for item, version, error, index in zip(batch, versions, errors, indices, strict=True)
         ]
-
-    def _result(
-        self,
-        item: Input,
-        version: str,
-        error: str | None,
-        row: NDArray[np.float32] | None,
-        k: int,
-    ) -> Result:
-        index = self.label_index(item.label)
-        label = None if index is None else self.card.labels[index]
-        if row is None:
-            return Result(item, version, error, (), label, None)
-        rank = None if index is None else _rank(row, index)
-        return Result(item, version, None, self.top(row, k), label, rank)
 
     def top(self, row: NDArray[np.float32], k: int) -> tuple[Prediction, ...]:
         """The ``k`` likeliest classes, best first, in a row of probabilities, float32
         ``[classes]``."""
-        best = np.argsort(-row, kind="stable")[:k]
+        return self._likeliest(row[None], k)[0]
+
+    def _likeliest(self, rows: NDArray[np.float32], k: int) -> list[tuple[Prediction, ...]]:
         labels = self.card.labels
-        return tuple(
-            Prediction(int(i), labels[i].wnid, labels[i].name, float(row[i])) for i in best
-        )
+        # For all rows at once: a call of NumPy costs more than to sort a row.
+        best = np.argsort(-rows, axis=1, kind="stable")[:, :k]
+        probabilities = np.take_along_axis(rows, best, axis=1)
+        return [
+            tuple(
+                [
+                    Prediction(index, labels[index].wnid, labels[index].name, probability)
+                    for index, probability in zip(*row, strict=True)
+                ]
+            )
+            for row in zip(best.tolist(), probabilities.tolist(), strict=True)
+        ]
 
     def label_index(self, label: str | None) -> int | None:
         """The class that a label, a name or WordNet id, stands for; None where it is none."""
@@ -214,11 +223,13 @@ def _batches(items: Iterator[Input], batch_size: int) -> Iterator[list[Input]]:
         yield batch
 
 
-def _rank(row: NDArray[np.float32], index: int) -> int:
-    """Place of a class in the stable order of falling probability, from 0."""
-    likelier = row > row[index]
-    equal_before = row[:index] == row[index]
-    return int(likelier.sum() + equal_before.sum())
+def _ranks(rows: NDArray[np.float32], indices: Sequence[int | None]) -> Iterator[int | None]:
+    """Place of each row's class in the stable order of falling probability, from 0."""
+    index = np.array([-1 if i is None else i for i in indices], dtype=np.intp)[:, None]
+    own = np.take_along_axis(rows, index, axis=1)
+    before = (rows > own) | ((rows == own) & (np.arange(rows.shape[1]) < index))
+    for i, rank in zip(indices, before.sum(axis=1).tolist(), strict=True):
+        yield None if i is None else rank
 
 
 def _key(label: str) -> str:

@@ -38,6 +38,9 @@ MAX_BYTES = 3 * MAX_PIXELS
 # the limit strict. A filter is process-wide, but so is the risk.
 warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
 
+# To open a pipe would wait for its writer otherwise. Windows has the other flag.
+_READ = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+
 _JPEG_MAGIC = b"\xff\xd8\xff"
 _EXIF_MAGIC = b"Exif\x00\x00"
 _EXIF_WITHIN = 65_536
@@ -64,16 +67,22 @@ def read(path: str | os.PathLike[str]) -> bytes:
     """The bytes of a file; :class:`ImageError` where it cannot be read or is larger than
     :data:`MAX_BYTES`."""
     try:
-        # Opening a pipe would wait for its writer, and a device may never end.
-        status = os.stat(path)
-        if not stat.S_ISREG(status.st_mode):
-            raise ImageError(
-                f"cannot read: {'a folder' if stat.S_ISDIR(status.st_mode) else 'not a file'}"
-            )
-        if status.st_size > MAX_BYTES:
-            raise ImageError(f"too large: {status.st_size:,} bytes, more than {MAX_BYTES:,}")
-        with open(path, "rb", buffering=0) as file:
-            return file.readall()
+        # Not open(), which asks the system for twice as much about a file.
+        descriptor = os.open(path, _READ)
+        try:
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode):
+                raise ImageError(
+                    f"cannot read: {'a folder' if stat.S_ISDIR(status.st_mode) else 'not a file'}"
+                )
+            if status.st_size > MAX_BYTES:
+                raise ImageError(f"too large: {status.st_size:,} bytes, more than {MAX_BYTES:,}")
+            data = os.read(descriptor, status.st_size)
+            while len(data) < status.st_size and (more := os.read(descriptor, status.st_size)):
+                data += more  # some file systems give a piece at a time
+            return data
+        finally:
+            os.close(descriptor)
     except OSError as error:
         raise ImageError(f"cannot read: {error.strerror or error}") from error
     except ValueError as error:  # a NUL in the name

@@ -45,7 +45,8 @@ class OpenVinoSession:
             options["INFERENCE_PRECISION_HINT"] = "f32"
         compiled = openvino.Core().compile_model(model, "CPU", options)
         self._requests: SimpleQueue[Any] = SimpleQueue()
-        for _ in range(streams):
+        # One more than run at once: it is there when another ends, before Python hears of that.
+        for _ in range(streams + 1):
             self._requests.put(compiled.create_infer_request())
 
     def run(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:

@@ -7,6 +7,7 @@ import contextlib
 import csv
 import dataclasses
 import json
+import operator
 import os
 import shutil
 import sys
@@ -26,6 +27,7 @@ Write = Callable[[Result], None]
 
 _FIELDS = ("path", "status", "error", "label", "rank", "correct", "version", "model")
 _PREDICTION = tuple(field.name for field in dataclasses.fields(Prediction))
+_values = operator.attrgetter(*_PREDICTION)
 _PARQUET_ROWS = 10_000  # in memory at a time
 
 
@@ -91,7 +93,7 @@ def _fields(result: Result, model: str) -> dict[str, Any]:
 
 def _prediction(prediction: Prediction) -> dict[str, Any]:
     # Not dataclasses.asdict, which copies deeply: of each image there are as many as are asked for.
-    return {name: getattr(prediction, name) for name in _PREDICTION}
+    return dict(zip(_PREDICTION, _values(prediction), strict=True))
 
 
 def read_rows(output: str, format_: str) -> Iterator[dict[str, Any]]:
@@ -164,16 +166,17 @@ def _opened(output: str | None, mode: Literal["a", "w"]) -> Iterator[TextIO]:
 def _csv_writer(stream: TextIO, k: int, model: str, *, header: bool) -> Write:
     rows = csv.writer(stream, lineterminator="\n")
     numbered = [f"{field}_{place}" for place in range(1, k + 1) for field in _PREDICTION]
+    width = len(_FIELDS) + len(numbered)
     if header:
         rows.writerow([*_FIELDS, *numbered])
 
     def write(result: Result) -> None:
         fields = _fields(result, model)
-        values = [
-            getattr(prediction, name) for prediction in result.predictions for name in _PREDICTION
-        ]
-        values += [None] * (len(numbered) - len(values))
-        rows.writerow([fields[name] for name in _FIELDS] + values)
+        values = [fields[name] for name in _FIELDS]
+        for prediction in result.predictions:
+            values += _values(prediction)
+        values += [None] * (width - len(values))
+        rows.writerow(values)
 
     return write
 
