@@ -202,6 +202,13 @@ def test_a_request_id_comes_back_if_it_is_sane(server):
     assert id_of("") != id_of("")
 
 
+def test_an_answer_comes_in_one_piece(server):
+    with socket.create_connection((server.host, server.port), timeout=SECONDS) as connection:
+        for _ in range(50):  # two pieces may happen to be read as one
+            connection.sendall(b"GET /v2/health/live HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert connection.recv(65_536).endswith(b'{"live":true}')
+
+
 def test_the_page_of_routes_loads_nothing_from_elsewhere(server):
     page = server.get("/docs").text
     document = server.get("/openapi.json").json()

@@ -61,7 +61,7 @@ def _column(name: str, scale: float = 1) -> Callable[[Record], Points]:
 
 RATE = Panel("learning rate", _rates, from_zero=True)
 ACCURACY = Panel("validation top-1 accuracy, %", _column("val_top1", 100), from_zero=True)
-LOSS = Panel("training loss (cross-entropy), nats", _column("train_loss"))
+LOSS = Panel("training loss, nats", _column("train_loss"))
 
 
 class Album:

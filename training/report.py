@@ -144,6 +144,12 @@ def curves(papers: Sequence[Record], done: Sequence[Record], album: Album) -> It
             ("train-loss", "Training loss", LOSS),
         ):
             yield album.add(f"{name}-{recipe}", f"{title}, recipe {recipe}", runs, panel)
+        if taught := [f"`{run.name}`" for run in runs if run.config.get("teachers")]:
+            yield (
+                "The loss is the cross-entropy with the smoothed labels; with a teacher it is the "
+                "divergence from the teacher's answers, too, and cannot be compared with the "
+                f"others': {', '.join(taught)}."
+            )
 
 
 def precision(done: Sequence[Record]) -> Iterator[str]:

@@ -35,10 +35,11 @@ def build_app(service: Service, *, with_keys: bool = False) -> FastAPI:
         redoc_url=None,
         lifespan=lifespan,
     )
-    _add_health(app, service)
-    _add_models(app, service)
+    # A request is compared with one after the other: the busiest first.
     add_infer(app, service)
     add_classify(app, service)
+    _add_models(app, service)
+    _add_health(app, service)
 
     @app.get(
         "/metrics",

@@ -8,7 +8,7 @@ import socket
 import time
 from collections.abc import Iterator
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
@@ -124,6 +124,32 @@ class _Server(uvicorn.Server):
         await super().shutdown(sockets)
 
 
+class _Together:
+    """A transport that sends in one piece what is written in one turn of the event loop: head and
+    body of an answer, which Uvicorn writes one after the other."""
+
+    def __init__(self, transport: Any, loop: asyncio.AbstractEventLoop) -> None:
+        self._transport, self._loop = transport, loop
+        self._pieces: list[bytes] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def write(self, data: bytes) -> None:
+        if not self._pieces:
+            self._loop.call_soon(self.flush)
+        self._pieces.append(data)
+
+    def flush(self) -> None:
+        if self._pieces:
+            self._transport.write(b"".join(self._pieces))
+            self._pieces.clear()
+
+    def close(self) -> None:
+        self.flush()
+        self._transport.close()
+
+
 def _protocol(limits: Limits) -> type[HttpToolsProtocol]:
     """Uvicorn's side of a connection, for a world with slow clients and endless headers."""
 
@@ -133,7 +159,8 @@ def _protocol(limits: Limits) -> type[HttpToolsProtocol]:
         _timer: asyncio.TimerHandle | None = None
 
         def connection_made(self, transport: Any) -> None:
-            super().connection_made(transport)
+            self._together = _Together(transport, self.loop)
+            super().connection_made(cast(asyncio.Transport, self._together))
             self._start_timer()
 
         def connection_lost(self, exc: Exception | None) -> None:
@@ -162,6 +189,7 @@ def _protocol(limits: Limits) -> type[HttpToolsProtocol]:
             super().on_response_complete()
             if self._in_head:  # what came of the next request is all so far
                 self._start_timer()
+            self._together.flush()
             if self.transport.get_write_buffer_size():
                 self.loop.call_later(limits.answer_seconds, self._abort_if_unread)
 
