@@ -6,10 +6,10 @@
 #   TIME_LIMIT=540 benchmarks/train_all.sh modern           # in slices: run it again to go on
 #   benchmarks/train_all.sh modern paper precision ablation -- --epochs 1 --limit-train 512   # a try
 #
-# Groups of runs, then "--" and arguments for every run. A run that was stopped goes on, one that is
-# done stays as it is; its record is kept in docs/runs/ and RESULTS.md written again. TIME_LIMIT is in
-# seconds, for all together. RUNS, RECORDS, RESULTS and FIGURES name other places, PYTHON another
-# interpreter.
+# Groups of runs, then "--" and arguments for every run. A run that was stopped goes on. Of one that is
+# done the record is kept in docs/runs/ and RESULTS.md written again; it is not run a second time while
+# that record is there. TIME_LIMIT is in seconds, for all together. RUNS, RECORDS, RESULTS and FIGURES
+# name other places, PYTHON another interpreter.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -28,6 +28,10 @@ extra=("$@")
 train() {
     local name=$1 run=$runs/$1 go_on=()
     shift
+    if [ -e "$records/$name/result.json" ]; then
+        echo "$name: done, its record is $records/$name"
+        return
+    fi
     if [ ! -e "$run/weights.pt" ]; then
         [ ! -e "$run/checkpoint.pt" ] || go_on=(--resume)
         if [ -n "${TIME_LIMIT:-}" ]; then
@@ -37,7 +41,7 @@ train() {
         "$python" -m training.fit "$@" "${extra[@]}" --out "$run" "${go_on[@]}"
         [ -e "$run/weights.pt" ] || { echo "out of time in $name: run this again to go on"; exit 0; }
     fi
-    [ -e "$records/$name/result.json" ] || "$python" -m training.report "$records" --keep "$run" -o "$results" --figures "$figures" >/dev/null
+    "$python" -m training.report "$records" --keep "$run" -o "$results" --figures "$figures" >/dev/null
 }
 
 # The best network first: it teaches the others, and then itself.

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -44,9 +45,11 @@ def test_every_run_of_the_paper_is_made_kept_and_reported(photos, tmp_path):
     assert {path.name for path in (tmp_path / "records").iterdir()} == names
     report = (tmp_path / "RESULTS.md").read_text()
     assert all(f"`{name}`" in report for name in names)
+    shutil.rmtree(tmp_path / "runs")
     again = run(command, **places)
     assert again.returncode == 0
     assert "epoch 1" not in again.stderr  # what is done stays as it is
+    assert again.stdout.count(f"done, its record is {tmp_path / 'records'}") == 4
 
 
 def test_groups_of_runs_are_named():
