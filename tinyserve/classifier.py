@@ -163,7 +163,7 @@ class Classifier:
             self.engine.run(pixels[:good]) if good else np.empty((0, len(labels)), dtype=np.float32)
         )
         indices = [self.label_index(item.label) for item in batch]
-        predictions = iter(self._likeliest(rows, k))
+        predictions = iter(likeliest(rows, labels, k))
         ranks = _ranks(rows, [i for i, error in zip(indices, errors, strict=True) if not error])
         return [
             Result(
@@ -180,26 +180,30 @@ class Classifier:
     def top(self, row: NDArray[np.float32], k: int) -> tuple[Prediction, ...]:
         """The ``k`` likeliest classes, best first, in a row of probabilities, float32
         ``[classes]``."""
-        return self._likeliest(row[None], k)[0]
-
-    def _likeliest(self, rows: NDArray[np.float32], k: int) -> list[tuple[Prediction, ...]]:
-        labels = self.card.labels
-        # For all rows at once: a call of NumPy costs more than to sort a row.
-        best = np.argsort(-rows, axis=1, kind="stable")[:, :k]
-        probabilities = np.take_along_axis(rows, best, axis=1)
-        return [
-            tuple(
-                [
-                    Prediction(index, labels[index].wnid, labels[index].name, probability)
-                    for index, probability in zip(*row, strict=True)
-                ]
-            )
-            for row in zip(best.tolist(), probabilities.tolist(), strict=True)
-        ]
+        return likeliest(row[None], self.card.labels, k)[0]
 
     def label_index(self, label: str | None) -> int | None:
         """The class that a label, a name or WordNet id, stands for; None where it is none."""
         return None if label is None else self._labels_by_key.get(_key(label))
+
+
+def likeliest(
+    rows: NDArray[np.float32], labels: Sequence[Label], k: int
+) -> list[tuple[Prediction, ...]]:
+    """Of each row of probabilities, float32 ``[N, classes]``, the ``k`` likeliest classes, best
+    first; of equal ones the first."""
+    # For all rows at once: a call of NumPy costs more than to sort a row.
+    best = np.argsort(-rows, axis=1, kind="stable")[:, :k]
+    probabilities = np.take_along_axis(rows, best, axis=1)
+    return [
+        tuple(
+            [
+                Prediction(index, labels[index].wnid, labels[index].name, probability)
+                for index, probability in zip(*row, strict=True)
+            ]
+        )
+        for row in zip(best.tolist(), probabilities.tolist(), strict=True)
+    ]
 
 
 def model_file(model: str, precision: str = "auto", device: str | None = None) -> Path:

@@ -35,7 +35,7 @@ class Access:
         began = time.perf_counter()
         headers = Headers(scope=scope)
         wanted_id = headers.get("x-request-id", "")
-        # A name and no secret: the system's randomness would take longer than the route is sought.
+        # A name and no secret, for which the system need not be asked.
         request_id = (
             wanted_id if _SANE_ID.fullmatch(wanted_id) else f"{random.getrandbits(128):032x}"
         )

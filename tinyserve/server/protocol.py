@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from tinyserve.classifier import likeliest
 from tinyserve.errors import RequestError
 from tinyserve.modelfile import INPUT_NAME, OUTPUT_NAME, Label, ModelCard
 
@@ -146,7 +147,10 @@ def answer(
         document["id"] = request.id
     binary = b""
     if request.classes:
-        texts = [_top(row, labels, request.classes) for row in probabilities]
+        texts = [
+            [f"{best.probability:.8f}:{best.index}:{best.name}" for best in row]
+            for row in likeliest(probabilities, labels, request.classes)
+        ]
         output |= {"datatype": "BYTES", "shape": [len(texts), len(texts[0])]}
         flat = [text for row in texts for text in row]
         if request.binary:
@@ -272,12 +276,6 @@ def _wanted(document: InferDocument) -> tuple[int, bool]:
     if type(binary) is not bool:
         raise _bad("binary_data must be true or false")
     return classes, binary
-
-
-def _top(row: NDArray[np.float32], labels: Sequence[Label], count: int) -> list[str]:
-    """``value:index:label`` of the likeliest classes, best first."""
-    best = np.argsort(-row, kind="stable")[:count]
-    return [f"{row[index]:.8f}:{index}:{labels[index].name}" for index in best]
 
 
 def _bad(message: str) -> RequestError:

@@ -54,8 +54,6 @@ class Service:
     async def decode(self, files: Sequence[bytes], size: int) -> list[Pixels | ImageError]:
         """The pixels of each file, uint8 ``[size, size, 3]``, or why there are none."""
         with self.metrics.stage("decode"):
-            if len(files) == 1:  # as it usually is
-                return [await self.off_loop(_load, files[0], size)]
             return await asyncio.gather(*(self.off_loop(_load, file, size) for file in files))
 
     def check_room(self, model: str | None) -> None:
