@@ -155,3 +155,73 @@ def test_a_table_without_images_is_one_input_that_fails(tmp_path):
     (item,) = find_inputs([str(tmp_path / "numbers.parquet")])
     with pytest.raises(ImageError, match="no column of images among x"):
         item.read()
+
+
+def test_a_row_without_an_image_keeps_its_label(tmp_path, jpeg):
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as parquet
+
+    path = tmp_path / "a.parquet"
+    parquet.write_table(pa.table({"image": [jpeg, None], "label": ["cat", "dog"]}), path)
+    assert [item.label for item in find_inputs([str(path)])] == ["cat", "dog"]
+
+
+def test_a_row_that_is_too_large_is_no_image(tmp_path, jpeg, monkeypatch):
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as parquet
+
+    monkeypatch.setattr(archives, "MAX_BYTES", 100_000)
+    path = tmp_path / "a.parquet"
+    parquet.write_table(pa.table({"image": [jpeg, bytes(100_001)]}), path)
+    good, bomb = find_inputs([str(path)])
+    assert good.read() == jpeg
+    with pytest.raises(ImageError, match="too large: 100,001 bytes"):
+        bomb.read()
+
+
+def test_links_are_inputs_that_fail(tmp_path, jpeg):
+    path = tmp_path / "a.tar"
+    (tmp_path / "1.jpg").write_bytes(jpeg)
+    (tmp_path / "2.jpg").hardlink_to(tmp_path / "1.jpg")
+    (tmp_path / "3.jpg").symlink_to("1.jpg")
+    with tarfile.open(path, "w") as archive:
+        for name in ("1.jpg", "2.jpg", "3.jpg"):
+            archive.add(tmp_path / name, f"cat/{name}")
+    file, *links = find_inputs([str(path)])
+    assert file.read() == jpeg
+    assert [link.label for link in links] == ["cat", "cat"]
+    for link in links:
+        with pytest.raises(ImageError, match="a link"):
+            link.read()
+
+
+@pytest.mark.parametrize("name", ["a.zip", "a.tar"])
+def test_what_macos_notes_beside_an_image_is_none(make_archive, name):
+    path = make_archive(name, ["cat/1.jpg", "__MACOSX/cat/._1.jpg", "cat/._1.jpg"])
+    assert [item.path for item in find_inputs([path])] == [f"{path}/cat/1.jpg"]
+
+
+def test_a_zip_is_looked_through_once_for_annotations(tmp_path, jpeg, monkeypatch):
+    path = tmp_path / "a.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        for number in range(30):
+            archive.writestr(f"train/n{number:08}/images/0.JPEG", jpeg)
+    opened = []
+    read_texts = archives.read_texts
+    monkeypatch.setattr(
+        archives, "read_texts", lambda *names: (opened.append(names), read_texts(*names))[1]
+    )
+    assert len(list(find_inputs([str(path)]))) == 30
+    assert len(opened) == 1
+
+
+def test_annotations_that_cannot_be_unpacked_are_an_error(tmp_path, jpeg):
+    path = tmp_path / "a.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("val/images/val_0.JPEG", jpeg)
+        archive.writestr("val/val_annotations.txt", "val_0.JPEG\tn03444034\t0\n")
+    content = bytearray(path.read_bytes())
+    content[content.index(b"n03444034")] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"val_annotations\.txt"):
+        list(find_inputs([str(path)]))

@@ -1,6 +1,7 @@
 """Whole jobs of `tinyserve classify`: every input accounted for, whatever happens."""
 
 import csv
+import io
 import json
 import os
 import random
@@ -9,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 import zipfile
 
@@ -94,6 +96,28 @@ def test_inputs_that_are_named_twice_have_two_rows(samples, tmp_path):
     assert classify(picture, "-o", output).returncode == 0
     assert classify(picture, picture, "-o", output, "--resume").returncode == 0
     assert len(rows_of(output)) == 2
+
+
+@pytest.mark.slow
+def test_an_archive_of_many_large_files_takes_no_more_memory(samples, tmp_path):
+    picture = (samples / "goldfish" / "val_68.JPEG").read_bytes() + bytes(2**20)
+    program = (
+        "import resource, sys; from tinyserve.cli import main; code = main(); "
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024); sys.exit(code)"
+    )
+    peaks = []
+    for count in (150, 450):
+        path = tmp_path / "photos.tar"
+        with tarfile.open(path, "w") as archive:
+            for number in range(count):
+                info = tarfile.TarInfo(f"goldfish/{number}.jpg")
+                info.size = len(picture)
+                archive.addfile(info, io.BytesIO(picture))
+        command = [sys.executable, "-c", program, "classify", path, "-o", tmp_path / "rows.jsonl"]
+        run = subprocess.run([*command, *COMMAND[4:]], capture_output=True, text=True, timeout=300)
+        assert len(rows_of(tmp_path / "rows.jsonl")) == count, run.stderr
+        peaks.append(int(run.stdout))
+    assert peaks[1] < peaks[0] + 100  # MiB; the archive has 300 more
 
 
 def test_archives_are_resumed(samples, tmp_path):

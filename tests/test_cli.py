@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -173,6 +174,10 @@ def test_failed_inputs_count_as_wrong(tmp_path):
         (["classify", "SAMPLE", "-m", "vgg"], 1, "unknown model 'vgg' (known: "),
         (["classify", "SAMPLE", "-m", "TEXT.onnx"], 1, "no ONNX model"),
         (["classify", "SAMPLE", "-o", "nowhere/rows.csv", "--device", "cpu"], 1, "cannot write"),
+        (["classify", "SAMPLE", "-o", "TEXT.jsonl", "--resume", "--device", "cpu"], 2, "no rows"),
+        (["classify", "SAMPLE", "-o", "FLOAT.csv", "--resume", "--device", "cpu"], 2, "no rows"),
+        (["classify", "BYTES"], 1, "val_annotations.txt: "),
+        (["classify", "FOLDER"], 1, "val_annotations.txt: "),
         (["info", "vgg"], 1, "unknown model 'vgg' (known: "),
         (["info", "TEXT.onnx"], 1, "no ONNX model"),
     ],
@@ -180,7 +185,15 @@ def test_failed_inputs_count_as_wrong(tmp_path):
 def test_usage_errors_are_one_line(arguments, code, words, tmp_path, photo):
     (tmp_path / "EMPTY").mkdir()
     (tmp_path / "TEXT.onnx").write_text("no model")
-    places = {"EMPTY": tmp_path / "EMPTY", "TEXT.onnx": tmp_path / "TEXT.onnx", "SAMPLE": photo}
+    (tmp_path / "TEXT.jsonl").write_text('{"predictions": []}\n')
+    header = "path,status,error,label,rank,correct,version,model"
+    (tmp_path / "FLOAT.csv").write_text(f"{header}\na.jpg,ok,,cat,0.0,True,1-1,x\n")
+    for folder in ("BYTES", "FOLDER"):
+        (tmp_path / folder / "images").mkdir(parents=True)
+        shutil.copy(photo, tmp_path / folder / "images")
+    (tmp_path / "BYTES" / "val_annotations.txt").write_bytes(b"val_0.JPEG\t\xff\n")
+    (tmp_path / "FOLDER" / "val_annotations.txt").mkdir()
+    places = {path.name: path for path in tmp_path.iterdir()} | {"SAMPLE": photo}
     run = tinyserve(*(places.get(argument, argument) for argument in arguments))
     assert run.returncode == code
     assert words in run.stderr
@@ -228,6 +241,12 @@ def test_models_lists_what_is_there():
     assert all(name.endswith(f".{row['precision']}") for name, row in rows.items())
     text = tinyserve("models").stdout
     assert all(name in text for name in rows)
+
+
+def test_a_closed_stdout_is_no_traceback():
+    command = f"exec {shlex.quote(sys.executable)} -m tinyserve.cli models >&-"
+    run = subprocess.run(["sh", "-c", command], stderr=subprocess.PIPE, text=True, timeout=120)
+    assert (run.returncode, run.stderr) == (0, "")
 
 
 def test_models_goes_on_past_a_broken_one(tmp_path):

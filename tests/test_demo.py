@@ -75,6 +75,13 @@ def test_only_uploads_are_opened(answers, tmp_path, name):
         answers.classify({"path": f"{tmp_path}/uploads/../{name}"}, "baseline")
 
 
+@pytest.mark.usefixtures("upload")
+@pytest.mark.parametrize("name", ["", "*/*.jpg"])
+def test_a_folder_of_uploads_is_no_upload(answers, tmp_path, name):
+    with pytest.raises(ImageError, match="not uploaded"):
+        answers.inputs([{"path": f"{tmp_path}/uploads/{name}"}])
+
+
 @pytest.mark.parametrize("nonsense", [None, "path", {}, {"path": 5}])
 def test_what_is_no_upload_is_refused(answers, nonsense):
     with pytest.raises(UsageError, match="uploaded file"):

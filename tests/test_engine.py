@@ -3,6 +3,7 @@ import dataclasses
 import numpy as np
 import pytest
 
+from tinyserve import engine
 from tinyserve.devices import CPU, OPENVINO, cuda_problem, openvino_problem
 from tinyserve.engine import Engine, read_card
 from tinyserve.errors import DeviceError, ModelFileError, UsageError
@@ -37,6 +38,30 @@ def test_cuda_is_strict_and_auto_falls_back_aloud(caplog):
     caplog.clear()
     assert Engine(path, device="cpu").fallback is None
     assert caplog.text == ""
+
+
+def test_a_gpu_that_is_full_is_no_damaged_file(monkeypatch, caplog):
+    open_session = engine.OnnxRuntimeSession
+
+    def full(path, device, **options):
+        if device == "cuda":
+            raise RuntimeError("BFCArena: Failed to allocate memory for requested buffer")
+        return open_session(path, device, **options)
+
+    monkeypatch.setattr(engine, "cuda_problem", lambda: None)
+    monkeypatch.setattr(engine, "OnnxRuntimeSession", full)
+    model = Engine(find_model("inception"), device="auto")
+    assert "Failed to allocate memory" in model.fallback
+    assert model.provider == (CPU if openvino_problem() else OPENVINO)
+    assert f"running on the CPU: {model.fallback}" in caplog.text
+
+
+def test_a_damaged_file_is_one_with_a_gpu_too(monkeypatch, tmp_path):
+    monkeypatch.setattr(engine, "cuda_problem", lambda: None)
+    path = tmp_path / "model.onnx"
+    path.write_bytes(b"no model")
+    with pytest.raises(ModelFileError, match="no ONNX model"):
+        Engine(path, device="auto")
 
 
 def test_threads_are_divided_among_streams():

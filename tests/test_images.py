@@ -1,6 +1,8 @@
 import io
 import os
 import struct
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -118,6 +120,43 @@ def test_resize_is_antialiased():
     checkerboard = (np.indices((512, 512)).sum(axis=0) % 2 * 255).astype(np.uint8)
     resized = images.resize(np.stack([checkerboard] * 3, axis=2), 64)
     assert np.abs(resized.astype(int) - 127.5).max() < 4
+
+
+def test_large_images_wait_for_room():
+    room = images._Room(10)
+    inside, most = [], []
+
+    def decode(pixels):
+        with room.taken(pixels):
+            inside.append(pixels)
+            most.append(sum(inside))
+            time.sleep(0.01)
+            inside.remove(pixels)
+
+    with ThreadPoolExecutor(6) as pool:
+        list(pool.map(decode, [10, 6, 4, 4, 6, 3, 3, 3, 10]))
+    assert len(most) == 9
+    assert 6 < max(most) <= 10
+
+
+def test_a_large_image_has_the_room_and_gives_it_back(monkeypatch):
+    room = images._Room(images._LARGE + 1_000_000)
+    monkeypatch.setattr(images, "_ROOM", room)
+    left = []
+    to_rgb = images._to_rgb
+
+    def watched(image):
+        left.append(room._left)
+        return to_rgb(image)
+
+    monkeypatch.setattr(images, "_to_rgb", watched)
+    images.load(encode(Image.new("L", (2_100, 2_000)), "PNG"), size=64)
+    damaged = encode(Image.new("L", (2_100, 2_000)), "PNG")[:-100]
+    with pytest.raises(ImageError):
+        images.load(damaged, size=64)
+    images.load(encode(Image.new("L", (100, 100)), "PNG"), size=64)
+    assert left == [images._LARGE + 1_000_000 - 4_200_000, images._LARGE + 1_000_000]
+    assert room._left == images._LARGE + 1_000_000
 
 
 BAD = {

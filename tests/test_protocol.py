@@ -3,6 +3,7 @@
 import base64
 import json
 import struct
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from tinyserve.server.protocol import InferRequest, answer, json_length, parse
 
 PIXELS = np.arange(2 * 4 * 4 * 3, dtype=np.uint8).reshape(2, 4, 4, 3)
 FILES = [b"\xff\xd8 no UTF-8", b"", b"third"]
+MOST = 8
 LABELS = (Label("n1", "cat"), Label("n2", "dog: a friend"), Label(None, "ωμέγα"))
 ROWS = np.array([[0.25, 0.75, 0.0], [1e-7, 0.1, 0.9]], np.float32)
 
@@ -25,12 +27,12 @@ def document(**tensor):
 
 def as_json(value):
     body = json.dumps(value).encode()
-    return parse(body, len(body))
+    return parse(body, len(body), MOST)
 
 
 def with_binary(value, binary):
     head = json.dumps(value).encode()
-    return parse(head + binary, len(head))
+    return parse(head + binary, len(head), MOST)
 
 
 def images(**changes):
@@ -150,7 +152,7 @@ BAD = {
 def test_what_cannot_be_meant_is_refused_in_one_line(value):
     body = value if isinstance(value, bytes) else json.dumps(value).encode()
     with pytest.raises(RequestError) as refused:
-        parse(body, len(body))
+        parse(body, len(body), MOST)
     assert refused.value.status == 400
     assert str(refused.value) and "\n" not in str(refused.value)
 
@@ -176,6 +178,25 @@ def test_files_that_are_cut_off(data):
         with_binary(files(shape=[1], parameters={"binary_data_size": len(data)}), data)
 
 
+def test_a_body_of_empty_files_does_not_become_a_list_of_millions():
+    binary = bytes(4 * 2_000_000)
+    tracemalloc.start()
+    with pytest.raises(RequestError, match="more than 8 images") as refused:
+        with_binary(files(shape=[1], parameters={"binary_data_size": len(binary)}), binary)
+    assert refused.value.status == 413
+    assert tracemalloc.get_traced_memory()[1] < 3 * len(binary)
+    tracemalloc.stop()
+
+
+def test_one_long_string_among_the_pixels_takes_no_more_room_than_itself():
+    data = ["x" * 100_000, *[""] * 20_000]
+    tracemalloc.start()
+    with pytest.raises(RequestError, match="whole numbers"):
+        as_json(images(data=data))
+    assert tracemalloc.get_traced_memory()[1] < 50 * 2**20  # 7.5 GiB as an array of strings
+    tracemalloc.stop()
+
+
 @pytest.mark.parametrize("header", ["-1", "5", "1e1", "", "٣", "9" * 30, "x"])
 def test_a_document_that_cannot_be_so_long(header):
     with pytest.raises(RequestError):
@@ -191,7 +212,7 @@ def test_without_the_header_all_is_the_document():
 @settings(max_examples=200, deadline=None)
 def test_no_bytes_do_more_than_be_refused(body, length):
     with pytest.raises(RequestError):
-        parse(body, min(length, len(body)))
+        parse(body, min(length, len(body)), MOST)
 
 
 VALUES = st.sampled_from([None, True, 0, 1, -1, 255, 1e300, 10**30, "", "x", [], [1], [[0]], {}])

@@ -108,6 +108,15 @@ def test_classify_takes_several_files_and_a_bad_one_harms_none(server, classifie
     assert first["predictions"][0]["index"] == third["predictions"][0]["index"] == best
 
 
+def test_a_name_that_is_no_utf8_does_not_lose_the_answer(server, goldfish):
+    head = b'--x\r\nContent-Disposition: form-data; name="a"; filename="\\ud800.jpg"\r\n\r\n'
+    kind = "multipart/form-data; boundary=x; charset=unicode_escape"
+    body = head + goldfish + b"\r\n--x--\r\n"
+    response = server.post("/classify", content=body, headers={"Content-Type": kind})
+    assert response.status_code == 200
+    assert response.json()["results"][0]["file"] == "?.jpg"
+
+
 def test_a_form_of_nothing_but_bad_files_is_refused(server):
     response = server.post("/classify", files={"a": b"text", "b": b""})
     assert response.status_code == 422
@@ -140,6 +149,9 @@ def test_what_the_server_says_of_itself_and_its_models(server):
 
 JSON = {"Content-Type": "application/json"}
 FIELD = b'--x\r\nContent-Disposition: form-data; name="image"\r\n\r\ncat.jpg\r\n--x--\r\n'
+_FORM = "multipart/form-data; boundary=x"
+FORM = {"Content-Type": _FORM}
+FILE = b'--x\r\nContent-Disposition: form-data; name="a"; filename="a.jpg"\r\n\r\ndata\r\n'
 REFUSED = [
     (404, "GET", "/nothing", b"", {}),
     (404, "GET", "/v2/models/vgg", b"", {}),
@@ -154,9 +166,18 @@ REFUSED = [
     (400, "POST", INFER, b"{}", {**JSON, "Inference-Header-Content-Length": "3"}),
     (400, "POST", "/classify?k=0", b"x", {}),
     (400, "POST", "/classify?k=many", b"x", {}),
-    (400, "POST", "/classify", b"no form", {"Content-Type": "multipart/form-data; boundary=x"}),
+    (400, "POST", "/classify", b"no form", FORM),
     (400, "POST", "/classify", b"no form", {"Content-Type": "multipart/form-data"}),
-    (400, "POST", "/classify", FIELD, {"Content-Type": "multipart/form-data; boundary=x"}),
+    (400, "POST", "/classify", FIELD, FORM),
+    (400, "POST", "/classify", FILE, FORM),
+    (400, "POST", "/classify", FILE + FILE[:-3], FORM),
+    (
+        400,
+        "POST",
+        "/classify",
+        FILE + b"--x--",
+        {"Content-Type": FORM["Content-Type"] + "; charset=undefined"},
+    ),
     (400, "POST", "/v2/repository/index", b"[]", JSON),
     (415, "POST", "/classify", b"{}", JSON),
     (415, "POST", INFER, b"x", {"Content-Type": "image/jpeg"}),
@@ -265,6 +286,7 @@ def test_what_cannot_start_says_why(tmp_path):
         (UsageError, "holds no key", {"api_key_file": empty}),
         (UsageError, "cannot read", {"api_key_file": tmp_path / "missing"}),
         (UsageError, "cannot listen", {"host": "no such host", "models": ("inception",)}),
+        (UsageError, "cannot listen", {"host": "x" * 64, "models": ("inception",)}),
     ]:
         with pytest.raises(error, match=words):
             Listener(Settings(**{"device": "cpu", "port": 0, **settings}))
@@ -597,6 +619,19 @@ def test_a_new_file_takes_over_and_a_bad_one_does_not(model_file, goldfish, capl
         model_file.unlink()
         replace(model_file, find_model("inception").read_bytes())
         until(lambda: architecture(server) == "inception")
+
+
+def test_a_file_that_is_replaced_while_it_is_loaded_takes_over(model_file, monkeypatch):
+    load = Engine.__init__
+
+    def slow_load(self, path, **options):
+        load(self, path, **options)
+        monkeypatch.setattr(Engine, "__init__", load)
+        replace(model_file, find_model("baseline").read_bytes())
+
+    monkeypatch.setattr(Engine, "__init__", slow_load)
+    with running(str(model_file)) as server:
+        until(lambda: architecture(server) == "baseline")
 
 
 @pytest.mark.slow

@@ -1,7 +1,8 @@
 """Images inside other files, read in place: zip and tar archives, and tables in Parquet.
 
 Nothing is ever written to disk, so member names like ``../../etc`` are only names. Members larger
-than an image can be are refused, however small they are when compressed.
+than an image can be are refused, however small they are when compressed; of a table, only after a
+few rows of it were unpacked together.
 """
 
 import json
@@ -12,17 +13,18 @@ import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import repeat
 from typing import IO, Any
 
-from tinyserve.errors import ImageError, UsageError
-from tinyserve.images import MAX_BYTES, SUFFIXES
+from tinyserve.errors import DataError, ImageError, UsageError
+from tinyserve.images import MAX_BYTES, is_image_name
 
 TARS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
 SUFFIXES_OF_ARCHIVES = (".zip", *TARS, ".parquet")
 
 _IMAGE_COLUMNS = ("image", "img", "bytes", "content", "data")
 """Names looked for first among a table's columns that hold bytes."""
-_ROWS = 64  # of a table that are in memory at a time
+_ROWS = 16  # of a table that are in memory at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,32 +72,40 @@ def members(path: str) -> Iterator[Member]:
         yield failed("", f"cannot read the archive: {str(error) or type(error).__name__}")
 
 
-def read_text(path: str, name: str) -> str | None:
-    """A text file in a zip archive; None where there is none of that name, and for other archives,
-    of which no part can be read before it is its turn."""
+def read_texts(path: str, name: str) -> dict[str, str]:
+    """The text files of this name in a zip archive, by their folders; none for other archives, of
+    which no part can be read before it is its turn.
+
+    Raises :class:`~tinyserve.errors.DataError` where one cannot be unpacked.
+    """
     if not path.lower().endswith(".zip"):
-        return None
-    try:
-        with zipfile.ZipFile(path) as archive, archive.open(name) as file:
-            return _limited(file).decode("utf-8", errors="replace")
-    except KeyError:
-        return None
+        return {}
+    texts = {}
+    with zipfile.ZipFile(path) as archive:
+        for info in archive.infolist():
+            folder, base = posixpath.split(info.filename)
+            if base == name:
+                try:
+                    texts[folder] = _unzip(archive, info).decode("utf-8", errors="replace")
+                except ImageError as error:
+                    raise DataError(f"{path}/{info.filename}: {error}") from error
+    return texts
 
 
-def failed(name: str, reason: str) -> Member:
+def failed(name: str, reason: str, label: str | None = None) -> Member:
     """A member that cannot be read."""
 
     def read() -> bytes:
         raise ImageError(reason)
 
-    return Member(name, None, read)
+    return Member(name, label, read)
 
 
 def _zipped(path: str) -> Iterator[Member]:
     # Not closed here but with its last member, which may be read long after it was listed.
     archive = zipfile.ZipFile(path)
     for info in archive.infolist():
-        if not info.is_dir() and _is_image(info.filename):
+        if not info.is_dir() and is_image_name(info.filename):
             yield Member(info.filename, None, partial(_unzip, archive, info))
 
 
@@ -114,18 +124,25 @@ def _tarred(path: str) -> Iterator[Member]:
     with tarfile.open(path, "r|*") as archive:
         while info := archive.next():
             archive.members = []  # type: ignore[attr-defined]  # it would grow with every member
-            if not info.isfile() or not _is_image(info.name):
+            if not is_image_name(info.name):
+                continue
+            if info.issym() or info.islnk():
+                yield failed(info.name, "a link; unpack the archive to follow it")
+                continue
+            if not info.isfile():
                 continue
             file = archive.extractfile(info)
             if file is None or info.size > MAX_BYTES:
-                yield failed(info.name, f"too large: {info.size:,} bytes, more than {MAX_BYTES:,}")
+                yield failed(info.name, _too_large(info.size))
                 continue
             data = _limited(file)
             yield Member(info.name, None, partial(bytes, data), len(data))
 
 
 def _rows(path: str) -> Iterator[Member]:
+    import pyarrow.compute as compute
     import pyarrow.parquet
+    import pyarrow.types as types
 
     with pyarrow.parquet.ParquetFile(path) as table:
         schema = table.schema_arrow
@@ -134,17 +151,22 @@ def _rows(path: str) -> Iterator[Member]:
         names = _label_names(schema)
         number = 0
         for batch in table.iter_batches(_ROWS, columns=columns):
-            for row in batch.to_pylist():
-                data, label = row[image], row.get("label")
-                if isinstance(data, dict):
-                    data = data.get("bytes")
+            files = batch.column(image)
+            if types.is_struct(files.type):
+                files = compute.struct_field(files, "bytes")
+            labels = batch.column("label").to_pylist() if "label" in columns else repeat(None)
+            # Of what is no image, not even a copy.
+            lengths = compute.binary_length(files).to_pylist()
+            for file, length, label in zip(files, lengths, labels, strict=False):
                 if names is not None and isinstance(label, int) and 0 <= label < len(names):
                     label = names[label]
                 label = label if isinstance(label, str) else None
-                if data is None:
-                    yield failed(str(number), "no image in this row")
+                if length is None:
+                    yield failed(str(number), "no image in this row", label)
+                elif length > MAX_BYTES:
+                    yield failed(str(number), _too_large(length), label)
                 else:
-                    yield Member(str(number), label, partial(bytes, data), len(data))
+                    yield Member(str(number), label, partial(bytes, file.as_py()), length)
                 number += 1
 
 
@@ -180,5 +202,5 @@ def _limited(file: IO[bytes]) -> bytes:
     return data
 
 
-def _is_image(name: str) -> bool:
-    return posixpath.splitext(name)[1].lower() in SUFFIXES
+def _too_large(size: int) -> str:
+    return f"too large: {size:,} bytes, more than {MAX_BYTES:,}"

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from tinyserve import archives, images, remote
 from tinyserve.errors import DataError
-from tinyserve.images import SUFFIXES
+from tinyserve.images import SUFFIXES, is_image_name
 
 ANNOTATIONS = "val_annotations.txt"
 _IMAGES_FOLDER = "images"
@@ -116,7 +116,7 @@ def _not_empty(found: Iterator[Input], otherwise: str) -> Iterator[Input]:
 def _matched(path: str) -> Iterator[Input]:
     if os.path.isdir(path):
         return map(_with_label, walk_images(path))
-    return iter([_with_label(path)] if _is_image(path) else [])
+    return iter([_with_label(path)] if is_image_name(path) else [])
 
 
 def _listed(lines: Iterable[bytes]) -> Iterator[Input]:
@@ -134,7 +134,9 @@ def _archived(path: str) -> Iterator[Input]:
         if not member.name:
             yield Input(path, None, member)
             continue
-        label = member.label or _label(member.name, functools.partial(_annotations_inside, path))
+        label = member.label or _label(
+            member.name, lambda folder: _annotations_inside(path).get(folder)
+        )
         yield Input(f"{path}/{member.name}", label, member)
 
 
@@ -164,7 +166,7 @@ def _walk(folder: str, above: tuple[tuple[int, int], ...]) -> Iterator[str]:
             for entry in entries:
                 if entry.is_dir():
                     folders.append(entry.name)
-                elif _is_image(entry.name):
+                elif is_image_name(entry.name):
                     found.append(entry.name)
     except OSError:
         yield folder
@@ -179,8 +181,15 @@ def _walk(folder: str, above: tuple[tuple[int, int], ...]) -> Iterator[str]:
 
 @functools.lru_cache(maxsize=16)
 def read_annotations(path: str | os.PathLike[str]) -> dict[str, str]:
-    """File name to wnid, from a ``val_annotations.txt`` of Tiny ImageNet."""
-    return _parse_annotations(Path(path).read_text(encoding="utf-8"), str(path))
+    """File name to wnid, from a ``val_annotations.txt`` of Tiny ImageNet.
+
+    Raises :class:`DataError` where it cannot be read.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:  # other bytes than UTF-8 are a ValueError
+        raise DataError(f"cannot read {path}: {error}") from error
+    return _parse_annotations(text, str(path))
 
 
 def _parse_annotations(text: str, path: str) -> dict[str, str]:
@@ -216,19 +225,18 @@ def _annotations_beside(folder: str) -> dict[str, str] | None:
 
 
 @functools.lru_cache(maxsize=16)
-def _annotations_inside(archive: str, folder: str) -> dict[str, str] | None:
-    text = archives.read_text(archive, f"{folder}/{ANNOTATIONS}")
-    return None if text is None else _parse_annotations(text, archive)
+def _annotations_inside(archive: str) -> dict[str, dict[str, str]]:
+    """By folder: a zip archive's table of contents is long, and is gone through once."""
+    return {
+        folder: _parse_annotations(text, archive)
+        for folder, text in archives.read_texts(archive, ANNOTATIONS).items()
+    }
 
 
 @functools.lru_cache(maxsize=1024)
 def _annotations_behind(uri: str, folder: str) -> dict[str, str] | None:
     text = remote.read_text(uri, f"{folder}/{ANNOTATIONS}")
     return None if text is None else _parse_annotations(text, uri)
-
-
-def _is_image(name: str) -> bool:
-    return os.path.splitext(name)[1].lower() in SUFFIXES
 
 
 def _natural_key(name: str) -> str:

@@ -120,10 +120,14 @@ class Engine:
         what keeps it from a better one goes to ``fallback``."""
         self.fallback = cuda_problem()
         if self.fallback is None:
-            session = self._open("cuda", strict=False)
-            if session.provider == CUDA:
-                return session, False
-            self.fallback = "ONNX Runtime could not load its CUDA provider"
+            try:
+                session = self._open("cuda", strict=False)
+            except DeviceError as error:  # its memory is full, for one
+                self.fallback = str(error)
+            else:
+                if session.provider == CUDA:
+                    return session, False
+                self.fallback = "ONNX Runtime could not load its CUDA provider"
         if openvino_problem() is None:
             try:
                 session = self._open("openvino")
@@ -136,8 +140,7 @@ class Engine:
 
     def _open(self, device: str, *, strict: bool = True) -> Session:
         threads, streams = self._threads, self.streams
-        # With the CPU to help out, a file that does not open is to blame, not the device.
-        with _errors_in_words(self.path, device if strict else "cpu"):
+        with _errors_in_words(self.path, device):
             if device == "openvino":
                 return OpenVinoSession(self.path, threads=threads, streams=streams)
             return OnnxRuntimeSession(

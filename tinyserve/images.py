@@ -6,11 +6,13 @@ An image is a uint8 array ``(height, width, 3)``, RGB, 0 to 255, C-contiguous. T
 which is also written into every model file, is :data:`RESIZE_RULE`.
 """
 
+import contextlib
 import io
 import os
 import stat
+import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import simplejpeg
@@ -29,7 +31,7 @@ SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp", ".tif", 
 
 MAX_PIXELS = 89_478_485
 """Larger images are refused before they are decoded: a quarter of a gibibyte as RGB, Pillow's own
-default limit for what may be a decompression bomb."""
+default limit for what may be a decompression bomb. Decoding one takes several times that."""
 
 MAX_BYTES = 3 * MAX_PIXELS
 """Larger files are refused before they are read: no image of :data:`MAX_PIXELS` pixels needs it."""
@@ -50,7 +52,47 @@ _SPARE = 4
 """Large JPEGs are decoded at half, a quarter or an eighth of their size, as long as that leaves so
 many times the side that is wanted: the averaging that shrinks them hides the difference."""
 
+_LARGE = 4_000_000  # pixels
+
+
+class _Room:
+    """Pixels of large images that are decoded at a time; more of them wait for their turn.
+
+    A small file may be a gigabyte while it is decoded, and in each of as many threads as there are
+    cores.
+    """
+
+    def __init__(self, pixels: int) -> None:
+        self._left = pixels
+        self._changed = threading.Condition()
+
+    @contextlib.contextmanager
+    def taken(self, pixels: int) -> Iterator[None]:
+        with self._changed:
+            self._changed.wait_for(lambda: self._left >= pixels)
+            self._left -= pixels
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._left += pixels
+                self._changed.notify_all()
+
+
+_ROOM = _Room(2 * MAX_PIXELS)
+_SMALL_ENOUGH = contextlib.nullcontext()
+
 _SIXTEEN_BIT_MODES = frozenset({"I;16", "I;16B", "I;16L", "I;16N", "I"})
+
+
+def is_image_name(name: str) -> bool:
+    """Whether a file of this name or path, by its suffix, is an image of a supported format.
+
+    ``._cat.jpg`` is none: so macOS calls what it notes beside ``cat.jpg`` in zip archives and on
+    other systems' disks.
+    """
+    suffix = os.path.splitext(name)[1].lower()
+    return suffix in SUFFIXES and not os.path.basename(name).startswith("._")
 
 
 def load(source: str | os.PathLike[str] | bytes, *, size: int) -> NDArray[np.uint8]:
@@ -135,12 +177,12 @@ def _decode_jpeg(data: bytes, at_least: int) -> NDArray[np.uint8]:
     height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
     if colorspace not in ("YCbCr", "Gray", "RGB"):
         raise ValueError(colorspace)
-    _check_pixels(height, width)
     turn = _orientation(data) if _EXIF_MAGIC in data[:_EXIF_WITHIN] else 1
     small = min(height, width) > at_least > 0
-    pixels: NDArray[np.uint8] = simplejpeg.decode_jpeg(
-        data, "RGB", min_height=at_least if small else 0, min_width=at_least if small else 0
-    )
+    with _room_for(height, width):
+        pixels: NDArray[np.uint8] = simplejpeg.decode_jpeg(
+            data, "RGB", min_height=at_least if small else 0, min_width=at_least if small else 0
+        )
     return np.ascontiguousarray(_UPRIGHT[turn](pixels)) if turn in _UPRIGHT else pixels
 
 
@@ -168,11 +210,13 @@ _UPRIGHT: dict[int, Callable[[NDArray[np.uint8]], NDArray[np.uint8]]] = {
 
 def _decode_with_pillow(data: bytes) -> NDArray[np.uint8]:
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            _check_pixels(image.height, image.width)
-            upright = ImageOps.exif_transpose(image)
-            upright.load()
-            return np.array(_to_rgb(upright))
+        with (
+            Image.open(io.BytesIO(data), formats=FORMATS) as image,
+            _room_for(image.height, image.width),
+        ):
+            image.load()
+            ImageOps.exif_transpose(image, in_place=True)
+            return np.array(_to_rgb(image))
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ImageError(f"too large: more than {MAX_PIXELS:,} pixels") from error
     except UnidentifiedImageError as error:
@@ -188,7 +232,9 @@ def _decode_with_pillow(data: bytes) -> NDArray[np.uint8]:
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode in _SIXTEEN_BIT_MODES:
-        values = np.clip(np.asarray(image, dtype=np.int64), 0, 65_535)
+        values = np.asarray(image)
+        if values.dtype.itemsize > 2:  # "I", which may hold more than 16 bits
+            values = values.clip(0, 65_535)
         return Image.fromarray((values >> 8).astype(np.uint8)).convert("RGB")
     if image.mode == "F":
         raise ImageError("floating-point pixels are not supported")
@@ -196,9 +242,11 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
         return Image.alpha_composite(white, image).convert("RGB")
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def _check_pixels(height: int, width: int) -> None:
-    if height * width > MAX_PIXELS:
+def _room_for(height: int, width: int) -> contextlib.AbstractContextManager[None]:
+    pixels = height * width
+    if pixels > MAX_PIXELS:
         raise ImageError(f"too large: {width} x {height}, more than {MAX_PIXELS:,} pixels")
+    return _ROOM.taken(pixels) if pixels > _LARGE else _SMALL_ENOUGH

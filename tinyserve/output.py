@@ -11,12 +11,11 @@ import operator
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
 from tinyserve.classifier import Prediction, Result
-from tinyserve.dataset import Input
 from tinyserve.errors import ModelFileError, OutputError, UsageError
 from tinyserve.modelfile import Label
 
@@ -42,16 +41,16 @@ def open_rows(
     output: str | None,
     format_: str,
     *,
-    inputs: Sequence[Input],
     k: int,
     model: str,
+    widest: int = 0,
     append: bool = False,
 ) -> Iterator[Write]:
     """What writes the rows of a job, to a file or else to stdout.
 
-    ``inputs`` are the first ones of the job, after whose names a table is laid out; ``model`` is
-    the fingerprint that every row carries. Raises :class:`~tinyserve.errors.OutputError` where a
-    file cannot be written.
+    ``model`` is the fingerprint that every row carries; a table is laid out for paths of up to
+    ``widest`` characters. Raises :class:`~tinyserve.errors.OutputError` where a file cannot be
+    written.
     """
     if format_ == "parquet":
         if output is None:
@@ -69,7 +68,7 @@ def open_rows(
         elif format_ == "submission":
             yield _submission_writer(stream)
         else:
-            yield _table_writer(stream, inputs)
+            yield _table_writer(stream, widest)
         stream.flush()
 
 
@@ -112,7 +111,8 @@ def _read_jsonl(stream: TextIO, output: str) -> Iterator[dict[str, Any]]:
             return
         try:
             row = json.loads(line)
-            yield {**row, "predictions": [Prediction(**p) for p in row["predictions"]]}
+            predictions = [Prediction(**p) for p in row["predictions"]]
+            yield {**{name: row[name] for name in _FIELDS}, "predictions": predictions}
         except (ValueError, TypeError, KeyError) as error:
             raise UsageError(f"{output} has lines that are no rows of classify") from error
 
@@ -133,14 +133,17 @@ def _read_csv(stream: TextIO, output: str) -> Iterator[dict[str, Any]]:
             return
         values = [cell or None for cell in cells]
         row: dict[str, Any] = dict(zip(_FIELDS, values, strict=False))
-        row["rank"] = None if row["rank"] is None else int(row["rank"])
         row["version"] = row["version"] or ""
         numbered = [values[i : i + width] for i in range(len(_FIELDS), len(values), width)]
-        row["predictions"] = [
-            Prediction(int(index), wnid, name or "", float(probability))
-            for index, wnid, name, probability in numbered
-            if index is not None and probability is not None
-        ]
+        try:
+            row["rank"] = None if row["rank"] is None else int(row["rank"])
+            row["predictions"] = [
+                Prediction(int(index), wnid, name or "", float(probability))
+                for index, wnid, name, probability in numbered
+                if index is not None and probability is not None
+            ]
+        except ValueError as error:
+            raise UsageError(f"{output} has lines that are no rows of classify") from error
         yield row
 
 
@@ -235,10 +238,10 @@ def _parquet(output: str, model: str) -> Iterator[Write]:
         flush()
 
 
-def _table_writer(stream: TextIO, inputs: Sequence[Input]) -> Write:
+def _table_writer(stream: TextIO, widest: int) -> Write:
     """Rows of path, mark, and as many predictions as the width holds."""
     columns = shutil.get_terminal_size((100, 24)).columns if stream.isatty() else 120
-    path_width = min(max((len(item.path) for item in inputs), default=0), columns // 2)
+    path_width = min(widest, columns // 2)
 
     def write(result: Result) -> None:
         path = result.path

@@ -152,9 +152,9 @@ class _Worker:
         tally = Tally()
         with tempfile.TemporaryDirectory() as folder:
             path = os.path.join(folder, "rows")
-            with open_rows(
-                path, job.format, inputs=inputs, k=k, model=classifier.fingerprint
-            ) as write:
+            widest = max(len(item.path) for item in inputs)
+            model = classifier.fingerprint
+            with open_rows(path, job.format, k=k, model=model, widest=widest) as write:
                 for result in classifier.classify_many(inputs, k, job.batch_size):
                     tally.add(result)
                     write(result)

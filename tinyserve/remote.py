@@ -1,12 +1,11 @@
 """Images behind URIs such as ``s3://bucket/folder``, through pyarrow's file systems."""
 
-import posixpath
 from functools import partial
 from typing import Any
 
 from tinyserve.archives import Member
 from tinyserve.errors import DataError, ImageError, UsageError
-from tinyserve.images import MAX_BYTES, SUFFIXES
+from tinyserve.images import MAX_BYTES, is_image_name
 
 
 def is_remote(path: str) -> bool:
@@ -28,7 +27,7 @@ def members(uri: str) -> list[Member]:
             found = [root]
         else:
             below = filesystem.get_file_info(fs.FileSelector(root, recursive=True))
-            found = [info.path for info in below if info.is_file and _is_image(info.path)]
+            found = [info.path for info in below if info.is_file and is_image_name(info.path)]
     except OSError as error:
         raise DataError(f"cannot list {uri}: {_first_line(error)}") from error
     return [Member(path, None, partial(_read, filesystem, path)) for path in found]
@@ -64,10 +63,6 @@ def _read(filesystem: Any, path: str) -> bytes:
     if len(data) > MAX_BYTES:
         raise ImageError(f"too large: more than {MAX_BYTES:,} bytes")
     return data
-
-
-def _is_image(path: str) -> bool:
-    return posixpath.splitext(path)[1].lower() in SUFFIXES
 
 
 def _first_line(error: Exception) -> str:

@@ -45,7 +45,7 @@ class Resumed:
         kept = f"{self._output}.kept"
         try:
             with open_rows(
-                kept, self._format, inputs=(), k=self._k, model=self._classifier.fingerprint
+                kept, self._format, k=self._k, model=self._classifier.fingerprint
             ) as write:
                 for row in read_rows(self._output, self._format):
                     result = self._result(row)

@@ -26,7 +26,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")
     try:
         code: int = arguments.command(arguments)
-        sys.stdout.flush()
+        if sys.stdout is not None:  # None where it was closed before the start: >&-
+            sys.stdout.flush()
         return code
     except TinyserveError as error:
         print(f"tinyserve: {error}", file=sys.stderr)
@@ -42,6 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _let_go_of_stdout() -> None:
     """What could not be written must not fail once more, and aloud, when Python closes stdout."""
+    if sys.stdout is None:
+        return
     try:
         sys.stdout.flush()
     except OSError:

@@ -1,6 +1,7 @@
 """The arguments that several commands take: how they are declared, and what they stand for."""
 
 import argparse
+import math
 from pathlib import Path
 from typing import TypeAlias
 
@@ -25,6 +26,13 @@ def count(text: str) -> int:
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError("must be at least 1")
+    return number
+
+
+def positive(text: str) -> float:
+    number = float(text)
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError("must be above 0")
     return number
 
 

@@ -7,7 +7,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from tinyserve.classifier import model_file
-from tinyserve.cli.arguments import Commands, add_json, count, model_name
+from tinyserve.cli.arguments import Commands, add_json, count, model_name, positive
 from tinyserve.cli.terminal import print_columns
 from tinyserve.devices import DEVICES, default_threads, device_name
 from tinyserve.modelfile import installed_models
@@ -49,7 +49,7 @@ def add_to(commands: Commands) -> None:
         metavar="N",
         help="default: 1 8 32 64",
     )
-    add("--seconds", type=float, default=1.0, help="for each figure (default: %(default)s)")
+    add("--seconds", type=positive, default=1.0, help="for each figure (default: %(default)s)")
     add_json(command)
 
 

@@ -9,6 +9,7 @@ import math
 import os
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from tinyserve.classifier import Classifier, model_file
 from tinyserve.cli.arguments import Commands, add_device, count, model_name
 from tinyserve.cli.terminal import SOME_FAILED, progress
 from tinyserve.confidence import in_words, operating_point
-from tinyserve.dataset import find_inputs
+from tinyserve.dataset import Input, find_inputs
 from tinyserve.devices import default_threads, device_name
 from tinyserve.errors import OutputError, UsageError
 from tinyserve.modelfile import DEFAULT_MODEL, PRECISIONS
@@ -28,7 +29,9 @@ from tinyserve.resume import Resumed
 _BATCH_SIZE = 32
 
 _FIRST = 10_000
-"""Inputs that are listed before work begins: a bar and a table are laid out after them."""
+_FIRST_BYTES = 64 * 2**20
+"""Inputs that are listed before work begins, and what they may hold of an archive: a bar and a
+table are laid out after them."""
 
 
 def add_to(commands: Commands) -> None:
@@ -108,10 +111,12 @@ def classify(arguments: argparse.Namespace) -> int:
     if arguments.resume and output is None:
         raise UsageError("--resume goes on with the file that -o names")
     inputs = find_inputs(arguments.paths)
-    first = list(itertools.islice(inputs, _FIRST))
-    inputs = itertools.chain(first, inputs)
+    first, all_of_them = _first(inputs)
+    widest = max((len(item.path) for item in first), default=0)
+    listed = len(first)
+    inputs = itertools.chain(_given_away(first), inputs)
     settings = _settings(arguments)
-    batches = math.ceil(len(first) / settings.batch_size)
+    batches = math.ceil(listed / settings.batch_size)
     classifier = Classifier(
         arguments.model,
         precision=arguments.precision,
@@ -141,15 +146,15 @@ def classify(arguments: argparse.Namespace) -> int:
                 collect(result)
         inputs = resumed.left(inputs)
     kept = tally.inputs
-    total = len(first) - kept if len(first) < _FIRST else None
+    total = listed - kept if all_of_them else None
     start = time.perf_counter()
     with (
         open_rows(
             output,
             format_,
-            inputs=first,
             k=k,
             model=classifier.fingerprint,
+            widest=widest,
             append=kept > 0,
         ) as write,
         contextlib.closing(
@@ -178,6 +183,24 @@ def classify(arguments: argparse.Namespace) -> int:
         htmlreport.write_report(arguments.report, figures.report(summary, arguments.paths))
         print(f"report: {arguments.report / htmlreport.PAGE}", file=sys.stderr)
     return code
+
+
+def _first(inputs: Iterator[Input]) -> tuple[deque[Input], bool]:
+    """The first inputs, taken from all, and whether they are all."""
+    first: deque[Input] = deque()
+    held = 0
+    for item in inputs:
+        first.append(item)
+        held += 0 if item.member is None else item.member.in_memory
+        if len(first) == _FIRST or held > _FIRST_BYTES:
+            return first, False
+    return first, True
+
+
+def _given_away(inputs: deque[Input]) -> Iterator[Input]:
+    """One after the other, none kept: some hold the whole image."""
+    while inputs:
+        yield inputs.popleft()
 
 
 def _classify_with_ray(arguments: argparse.Namespace) -> int:

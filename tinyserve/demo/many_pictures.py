@@ -112,7 +112,7 @@ def _classify(
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "predictions.csv")
         model_version = classifier.fingerprint
-        with open_rows(str(file), "csv", inputs=inputs, k=5, model=model_version) as write:
+        with open_rows(str(file), "csv", k=5, model=model_version) as write:
             for number, result in enumerate(classifier.classify_many(inputs), 1):
                 progress((number, len(inputs)), unit="pictures")
                 tally.add(result)

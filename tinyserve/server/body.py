@@ -68,11 +68,15 @@ async def files_of(request: Request, body: bytes, most: int) -> list[tuple[str, 
 
     async def chunks() -> AsyncGenerator[bytes, None]:
         yield body
+        if not parser.whole:
+            raise RequestError(400, "the form is cut off")
 
-    parser = MultiPartParser(request.headers, chunks(), max_files=most, max_fields=0)
+    parser = _Form(request.headers, chunks(), max_files=most, max_fields=0)
     parser.spool_max_size = len(body) + 1  # in memory, where the body is already
     try:
         form = await parser.parse()
+    except UnicodeError as error:
+        raise RequestError(400, "the form's charset cannot be read") from error
     except MultiPartException as error:
         if error.message.startswith("Too many fields"):
             words = "a part of the form is no file (with curl: -F file=@cat.jpg)"
@@ -82,12 +86,25 @@ async def files_of(request: Request, body: bytes, most: int) -> list[tuple[str, 
     try:
         # Nothing else is in it, but the types do not say so.
         parts = [(name, part) for name, part in form.multi_items() if isinstance(part, UploadFile)]
-        files = [(part.filename or name, await part.read()) for name, part in parts]
+        files = [(_utf8(part.filename or name), await part.read()) for name, part in parts]
     finally:
         await form.close()
     if not files:
         raise RequestError(400, "no file in the form")
     return files
+
+
+class _Form(MultiPartParser):
+    whole = False
+    """Whether the boundary that ends a form has come."""
+
+    def on_end(self) -> None:
+        self.whole = True
+
+
+def _utf8(name: str) -> str:
+    """A name as it can be sent back: some charsets have characters that UTF-8 has not."""
+    return name.encode(errors="replace").decode()
 
 
 @asynccontextmanager

@@ -61,9 +61,10 @@ def add_infer(app: FastAPI, service: Service) -> None:
             raise RequestError(
                 413, f"JSON longer than {service.settings.limits.json_bytes:,} bytes"
             )
+        most = service.settings.max_queue
         if length > _QUICK_BYTES:
-            return await service.off_loop(protocol.parse, body, length)
-        return protocol.parse(body, length)
+            return await service.off_loop(protocol.parse, body, length, most)
+        return protocol.parse(body, length, most)
 
     async def compute(live: Model, wanted: protocol.InferRequest) -> NDArray[np.float32]:
         service.check_count(len(wanted.images))

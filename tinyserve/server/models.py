@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from tinyserve.batcher import Batcher
-from tinyserve.classifier import Classifier
+from tinyserve.classifier import Classifier, model_file
 from tinyserve.devices import device_name
 from tinyserve.errors import BusyError, RequestError, UsageError
 from tinyserve.server import Settings
@@ -47,8 +47,9 @@ class Models:
             name = Path(model).name.removesuffix(".onnx")
             if name in self.classifiers:
                 raise UsageError(f"two models of the name {name}")
-            self.classifiers[name] = classifier = Classifier(model, device=settings.device)
-            self._files[name] = _File(classifier.engine.path)
+            # Looked at before it is read, so that no change is missed in between.
+            file = self._files[name] = _File(model_file(model, device=settings.device))
+            self.classifiers[name] = Classifier(str(file.path), device=settings.device)
 
     async def start(self) -> None:
         """Warm up, and take requests from now on."""

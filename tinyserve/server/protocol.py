@@ -105,10 +105,10 @@ def json_length(body: bytes, header: str | None) -> int:
     return int(header)
 
 
-def parse(body: bytes, length: int) -> InferRequest:
+def parse(body: bytes, length: int, most: int) -> InferRequest:
     """The request in a body that begins with a document of this length.
 
-    Raises :class:`RequestError`, status 400.
+    Raises :class:`RequestError`: 400 for what is no such request, 413 for more than ``most`` files.
     """
     try:
         document = InferDocument.model_validate_json(body[:length])
@@ -121,7 +121,7 @@ def parse(body: bytes, length: int) -> InferRequest:
     if tensor.name == INPUT_NAME:
         images: Pixels | list[bytes] = _pixels(tensor, binary)
     elif tensor.name == FILES_NAME:
-        images = _files(tensor, binary)
+        images = _files(tensor, binary, most)
     else:
         raise _bad(f"unknown input {tensor.name!r} (known: {INPUT_NAME}, {FILES_NAME})")
     return InferRequest(document.id, images, *_wanted(document))
@@ -217,19 +217,27 @@ def _pixels(tensor: InputTensor, binary: memoryview | None) -> Pixels:
 
 def _numbers(data: list[Any] | None) -> Pixels:
     try:
-        values = np.array(data)
-    except (ValueError, OverflowError) as error:
+        # As objects: of strings, NumPy would make an array in which each is as long as the longest.
+        given = np.array(data, dtype=object)
+    except ValueError as error:
         raise _bad(f"{INPUT_NAME}: data is no array of numbers") from error
-    if values.dtype.kind not in "iu" or values.min() < 0 or values.max() > 255:
-        raise _bad(f"{INPUT_NAME}: data must be whole numbers from 0 to 255")
+    whole = _bad(f"{INPUT_NAME}: data must be whole numbers from 0 to 255")
+    if set(map(type, given.ravel())) != {int}:
+        raise whole
+    try:
+        values = given.astype(np.int64)
+    except OverflowError as error:
+        raise whole from error
+    if values.min() < 0 or values.max() > 255:
+        raise whole
     return values.astype(np.uint8)
 
 
-def _files(tensor: InputTensor, binary: memoryview | None) -> list[bytes]:
+def _files(tensor: InputTensor, binary: memoryview | None, most: int) -> list[bytes]:
     if tensor.datatype != "BYTES":
         raise _bad(f"{FILES_NAME}: datatype {tensor.datatype!r}, not BYTES")
     if binary is not None:
-        files = _split(binary)
+        files = _split(binary, most)
     else:
         files = [_from_base64(text) for text in tensor.data or []]
     if tensor.shape != [len(files)] or not files:
@@ -237,10 +245,12 @@ def _files(tensor: InputTensor, binary: memoryview | None) -> list[bytes]:
     return files
 
 
-def _split(binary: memoryview) -> list[bytes]:
+def _split(binary: memoryview, most: int) -> list[bytes]:
     files: list[bytes] = []
     place = 0
     while place < len(binary):
+        if len(files) == most:  # before a body of empty ones becomes a list of millions
+            raise RequestError(413, f"more than {most} images at once")
         start = place + 4
         if start > len(binary):
             raise _bad(f"{FILES_NAME}: cut off inside a length")

@@ -1,6 +1,7 @@
 """One server on one socket, from its start to its end."""
 
 import asyncio
+import contextlib
 import ipaddress
 import logging
 import signal
@@ -213,8 +214,9 @@ def _bind(host: str, port: int) -> socket.socket:
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         return socket.create_server(address[:2], family=family, backlog=_BACKLOG)
-    except OSError as error:
-        raise UsageError(f"cannot listen on {host} port {port}: {error.strerror}") from error
+    except (OSError, UnicodeError) as error:  # no name of a host is so long
+        reason = getattr(error, "strerror", None) or error
+        raise UsageError(f"cannot listen on {host} port {port}: {reason}") from error
 
 
 def allow_many_connections() -> None:
@@ -224,4 +226,5 @@ def allow_many_connections() -> None:
     except ImportError:  # Windows, which has no such limit
         return
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    with contextlib.suppress(OSError, ValueError):  # macOS says "unlimited", and refuses it
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
