@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Every run behind the shipped weights and RESULTS.md, the most valuable first.
+# The runs that RESULTS.md compares, the most valuable first. The shipped weights are of the recipe
+# `cpu`, with what docs/runs/*/config.json says of each run.
 #
 #   benchmarks/train_all.sh modern paper precision          # a GPU, all of Tiny ImageNet
 #   benchmarks/train_all.sh ablation
@@ -8,21 +9,25 @@
 #
 # Groups of runs, then "--" and arguments for every run. A run that was stopped goes on. Of one that is
 # done the record is kept in docs/runs/ and RESULTS.md written again; it is not run a second time while
-# that record is there. TIME_LIMIT is in seconds, for all together. RUNS, RECORDS, RESULTS and FIGURES
-# name other places, PYTHON another interpreter.
+# that record is there. With arguments of your own, all of that is in runs/other/ instead. TIME_LIMIT is
+# in seconds, for all together. RUNS, RECORDS, RESULTS and FIGURES name other places, PYTHON another
+# interpreter.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-
-runs=${RUNS:-runs}
-records=${RECORDS:-docs/runs}
-results=${RESULTS:-RESULTS.md}
-figures=${FIGURES:-docs/figures}
-python=${PYTHON:-python}
 
 groups=()
 while [ $# -gt 0 ] && [ "$1" != -- ]; do groups+=("$1"); shift; done
 [ $# -eq 0 ] || shift
 extra=("$@")
+
+python=${PYTHON:-python}
+if [ ${#extra[@]} -eq 0 ]; then
+    runs=${RUNS:-runs} records=${RECORDS:-docs/runs}
+    results=${RESULTS:-RESULTS.md} figures=${FIGURES:-docs/figures}
+else  # a try, or another length: no rows for the tables of the real runs
+    runs=${RUNS:-runs/other} records=${RECORDS:-runs/other/records}
+    results=${RESULTS:-runs/other/RESULTS.md} figures=${FIGURES:-runs/other/figures}
+fi
 
 # train NAME ARGUMENTS...: one run, in the time that is left.
 train() {
@@ -31,6 +36,12 @@ train() {
     if [ -e "$records/$name/result.json" ]; then
         echo "$name: done, its record is $records/$name"
         return
+    fi
+    local teacher=${*: -1}  # of the runs that have one it is the last argument
+    if [[ " $* " == *" --teacher "* && ! -e $teacher/weights.pt ]]; then
+        echo "$name learns from $teacher, whose weights are gone: remove $records/${teacher##*/}," \
+            "and it is trained again" >&2
+        exit 1
     fi
     if [ ! -e "$run/weights.pt" ]; then
         [ ! -e "$run/checkpoint.pt" ] || go_on=(--resume)
@@ -69,8 +80,8 @@ precision() {
     done
 }
 
-# One ingredient of the modern recipe at a time, on images held out of train. The length is what two
-# CPU cores do in a few minutes a run; on a GPU give "-- --epochs 15 --limit-train 95000 -b 512".
+# One ingredient of the modern recipe at a time, on images held out of train. A CPU core does a run in
+# a quarter of an hour; on a GPU give "-- --epochs 15 --limit-train 95000 -b 512".
 ablation() {
     local base=(--arch resnet20 --recipe modern --holdout 5000 --limit-train 20000 --epochs 5
                 --batch-size 128 --lr 0.1 --set ema=0.99 --set 'sizes=[[0,16],[0.4,24]]')

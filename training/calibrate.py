@@ -16,7 +16,7 @@ from torch import Tensor
 from tinyserve.engine import Engine
 from tinyserve.modelfile import Calibration, OperatingPoint, Training
 from tinyserve.statistics import Reliability
-from training.data import Dataset, Split
+from training.data import Dataset, Split, name_of
 from training.evaluate import ServedNetwork
 from training.gate import in_batches
 
@@ -87,7 +87,7 @@ def were_held_out(training: Training, dataset: Dataset) -> bool:
     seen, earlier = (training.dataset_fingerprint, training.train_images), training.initial
     while earlier is not None:
         same = (earlier.dataset_fingerprint, earlier.train_images) == seen
-        if earlier.dataset == training.dataset and not same:
+        if name_of(earlier.dataset) == name_of(training.dataset) and not same:
             return False
         earlier = earlier.initial
     return True

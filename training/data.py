@@ -14,6 +14,7 @@ import http.client
 import json
 import math
 import os
+import re
 import shutil
 import sys
 import urllib.request
@@ -73,7 +74,19 @@ class Dataset:
     here, they are what is in ``val``."""
     root: Path
     fingerprint: str
-    """SHA-256 over every file's relative path and size: the same for every copy of the data."""
+    """SHA-256 over every file's relative path and size: the same for every copy of the data. What
+    is in ``val/`` does not count where images are held out in its place."""
+
+    @property
+    def described(self) -> str:
+        """The name, and how many images are held out."""
+        held_out = f", {len(self.val):,} held out of train" if len(self.held_out) else ""
+        return self.name + held_out
+
+
+def name_of(described: str) -> str:
+    """The name in what :attr:`Dataset.described` says."""
+    return re.sub(r", [0-9,]+ held out of train$", "", described)
 
 
 def load(root: Path, *, image_size: int = 64, skip_bad: bool = False, holdout: int = 0) -> Dataset:

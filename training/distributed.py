@@ -73,7 +73,12 @@ def joined(device: torch.device) -> Iterator[Workers]:
                 f"{local + 1}"
             )
         torch.cuda.set_device(local)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    except ValueError as error:
+        raise UsageError(
+            f"WORLD_SIZE is {count}, but torchrun did not start this: {error}"
+        ) from error
     try:
         yield Workers(dist.get_rank(), dist.get_world_size())
     finally:

@@ -18,7 +18,7 @@ class ServedNetwork(nn.Module):
     1: centre crop of ``crop`` pixels, normalisation, channels first, resized to ``network_size`` as
     in training if that differs, the network, its logits divided by ``temperature``, softmax.
     Several ``views`` are run as one batch, and their probabilities averaged; where ``crop`` leaves
-    no room to move, crops that are not centred are 7/8 as wide.
+    no room to move, all of them are 7/8 as wide.
     """
 
     mean: Tensor

@@ -6,7 +6,7 @@
     python -m training.export runs/resnet20-modern --precision fp32,fp16,int8 -o exported/
 
 A file appears under its name only after it has shown on real images that it computes what the
-network does in PyTorch; otherwise it is removed and the exit code is 4.
+network does in PyTorch; otherwise what was there stays and the exit code is 4.
 """
 
 import argparse
@@ -37,6 +37,7 @@ from tinyserve.modelfile import (
 from training import data, pretrained, quantize
 from training.augment import VIEWS
 from training.calibrate import Calibrator, were_held_out
+from training.checkpoint import Weights
 from training.evaluate import ServedNetwork
 from training.gate import BOUNDS, Gate, spread
 from training.models import count_parameters
@@ -58,6 +59,10 @@ def main(argv: list[str] | None = None) -> int:
     except TinyserveError as error:
         print(f"training.export: {error}", file=sys.stderr)
         return error.exit_code
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"training.export: {where}{error.strerror or error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("training.export: interrupted", file=sys.stderr)
         return 130
@@ -78,7 +83,7 @@ def export(
 
     The gate reads images from ``data_root``, by default the data that the run was trained on.
     Where that run held some out, the probabilities are calibrated with them.
-    Raises :class:`GateError`, leaving no file of that precision behind, where one breaks a bound.
+    Raises :class:`GateError`, leaving what was there, where one breaks a bound.
     """
     if unknown := set(precisions) - BOUNDS.keys():
         raise UsageError(f"unknown precision {sorted(unknown)[0]!r} (known: {', '.join(BOUNDS)})")
@@ -87,6 +92,8 @@ def export(
     weights = pretrained.load(run)
     root, holdout = _data_of(run, data_root)
     dataset = data.load(root, image_size=weights.image_size, skip_bad=True, holdout=holdout)
+    if dataset.classes != weights.labels:
+        raise UsageError(f"{dataset.root} has other classes than {run}")
     if dataset.fingerprint != weights.training.dataset_fingerprint:
         print(f"note: {dataset.root} is not the data that the run was trained on", file=sys.stderr)
     served = weights.served(VIEWS[views])
@@ -119,7 +126,23 @@ def export(
             paths.append(path)
     except OSError as error:
         raise UsageError(f"cannot write into {output}: {error.strerror or error}") from error
+    _warn_of_others(weights, output, paths)
     return paths
+
+
+def _warn_of_others(weights: Weights, folder: Path, new: Sequence[Path]) -> None:
+    """Say aloud which other precisions, that a model's name may stand for, have other weights."""
+    for path in sorted({*folder.glob(f"{weights.arch}.*onnx")} - {*new}):
+        try:
+            same = read_card(path).training == weights.training
+        except TinyserveError:
+            same = False
+        if not same:
+            print(
+                f"note: {path} has other weights, and `-m {weights.arch}` may stand for it: export "
+                "that precision, too, or remove it",
+                file=sys.stderr,
+            )
 
 
 def _calibrator(

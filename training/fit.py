@@ -39,7 +39,7 @@ from training.distributed import Workers
 from training.evaluate import Score, served_accuracy
 from training.hardware import PRECISIONS
 from training.models import ARCHS, count_parameters
-from training.recipes import RECIPES, SMALLEST_IMAGE
+from training.recipes import RECIPES, SMALLEST_IMAGE, Recipe
 from training.run import Config, Row, Run, commit
 from training.trainer import Trainer
 
@@ -76,6 +76,9 @@ def main(argv: list[str] | None = None) -> int:
         if speaks:
             print(f"training.fit: {error}", file=sys.stderr)
         return error.exit_code
+    except torch.OutOfMemoryError:
+        print("training.fit: the GPU's memory is full: lower --batch-size", file=sys.stderr)
+        return 1
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         print(f"training.fit: {where}{error.strerror or error}", file=sys.stderr)
@@ -251,7 +254,6 @@ def _finish(
 ) -> None:
     """Evaluate the final weights as they will be served, in fp32, and write them."""
     config, recipe = trainer.config, trainer.config.recipe
-    held_out = f", {len(dataset.val):,} held out of train" if len(dataset.held_out) else ""
     weights = checkpoint.Weights(
         arch=config.arch,
         batch_norm=recipe.batch_norm,
@@ -263,7 +265,7 @@ def _finish(
         std=trainer.std.cpu(),
         state=checkpoint.final_state(trainer.evaluated),
         training=Training(
-            dataset=dataset.name + held_out,
+            dataset=dataset.described,
             dataset_fingerprint=dataset.fingerprint,
             train_images=len(trainer.subset),
             recipe=recipe.name,
@@ -330,6 +332,8 @@ def _configure(arguments: argparse.Namespace) -> tuple[Config, torch.device]:
         for name in ("epochs", "batch_size", "lr")
         if getattr(arguments, name) is not None
     }
+    if not SMALLEST_IMAGE <= arguments.image_size <= LARGEST_IMAGE:
+        raise UsageError(f"--image-size must be from {SMALLEST_IMAGE} to {LARGEST_IMAGE}")
     recipe = RECIPES[arguments.recipe](arguments.arch).at(arguments.image_size)
     recipe = dataclasses.replace(recipe.changed(arguments.set), **overrides)
     if arguments.limit_train is not None and arguments.limit_train < 1:
@@ -342,13 +346,12 @@ def _configure(arguments: argparse.Namespace) -> tuple[Config, torch.device]:
         raise UsageError(f"crops of {recipe.crop} px do not fit images of {arguments.image_size}")
     if arguments.time_limit is not None and not arguments.time_limit >= 0:
         raise UsageError("--time-limit must be at least 0")
-    if not SMALLEST_IMAGE <= arguments.image_size <= LARGEST_IMAGE:
-        raise UsageError(f"--image-size must be from {SMALLEST_IMAGE} to {LARGEST_IMAGE}")
     if arguments.teacher and recipe.distill_once and (recipe.cutmix or recipe.mixup):
         raise UsageError(
             "mixed images need a teacher that sees them: --set distill_once=false, or cutmix=0 and "
             "mixup=0"
         )
+    _check_sizes(arguments.arch, recipe)
     device = hardware.device(arguments.device)
     config = Config(
         arch=arguments.arch,
@@ -363,6 +366,18 @@ def _configure(arguments: argparse.Namespace) -> tuple[Config, torch.device]:
         compile=arguments.compile,
     )
     return config, device
+
+
+def _check_sizes(arch: str, recipe: Recipe) -> None:
+    """Run every size through the network, without memory or time for it."""
+    with torch.device("meta"):
+        network = ARCHS[arch](2, image_size=recipe.final_size, batch_norm=recipe.batch_norm)
+        for _, size in recipe.sizes:
+            try:
+                network(torch.zeros(2, 3, size, size))
+            except RuntimeError as error:
+                end = "" if size == recipe.final_size else f" and end at {recipe.final_size} px"
+                raise UsageError(f"{arch} cannot be trained on {size} px{end}") from error
 
 
 @contextmanager

@@ -95,13 +95,14 @@ def _tensors(graph: onnx.GraphProto) -> dict[str, Tensor]:
 
 
 def _whole_mean(mean: Tensor, image_size: int) -> Tensor:
-    """A mean colour, or a mean image with a border of zeros where the graph holds its centre."""
+    """A mean colour, or a mean image, continued to its edges where the graph holds its centre."""
     pixels = mean.reshape(-1, 3)
     if (pixels == pixels[0]).all():
         return pixels[0]
     side = math.isqrt(len(pixels))
     border = (image_size - side) // 2
-    return F.pad(pixels.reshape(side, side, 3), (0, 0, border, border, border, border))
+    image = pixels.reshape(1, side, side, 3).movedim(3, 1)
+    return F.pad(image, (border,) * 4, mode="replicate")[0].movedim(0, 2).contiguous()
 
 
 def identify(path: Path) -> str:

@@ -15,8 +15,8 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from tinyserve.errors import UsageError
 
-FIXED_CROP = frozenset({"baseline", "alexnet"})
-"""Architectures whose layout, a fully connected layer on the feature map, is for 56 px crops."""
+FIXED_SIZE = frozenset({"baseline", "alexnet"})
+"""Architectures whose layout, a fully connected layer on the feature map, is for 56 px."""
 
 SMALLEST_IMAGE = 24
 """Pixels; the deeper layers of the networks need as much."""
@@ -81,6 +81,14 @@ class Recipe:
             raise UsageError("epochs and batch size must be at least 1")
         if not self.lr > 0:
             raise UsageError("the learning rate must be above 0")
+        if self.crop < 1 or min(size for _, size in self.sizes) < 1:
+            raise UsageError("crop and training sizes must be at least 1 pixel")
+        if self.weight_decay < 0:
+            raise UsageError("the weight decay must be at least 0")
+        if self.nesterov and not self.momentum:
+            raise UsageError("Nesterov momentum needs a momentum above 0")
+        if self.crop_area and not 0 < self.crop_area[0] <= self.crop_area[1] <= 1:
+            raise UsageError("the area of crops must be two shares from 0 to 1, the smaller first")
         if self.sizes[0][0] != 0 or list(self.sizes) != sorted(
             self.sizes, key=lambda size: size[0]
         ):
@@ -227,9 +235,13 @@ def modern(arch: str) -> Recipe:
     """Warm-up and one cosine, Nesterov momentum, random-resized crops, CutMix, averaged weights.
 
     Inception, a tenth of the others' size, is held back by regularisation rather than helped.
+
+    All are evaluated on the whole image: what random-resized crops show is resampled, and with one
+    layer of filters a network is lost on pixels that are not. Trained so for 18 epochs, baseline
+    knew 30 % of 4,000 training images whole and resized to 56 px, 23 % by their centres of 56 px.
     """
     arch = _KIN.get(arch, arch)
-    fixed = arch in FIXED_CROP
+    fixed = arch in FIXED_SIZE
     return Recipe(
         name="modern",
         epochs=_MODERN_EPOCHS[arch],
@@ -244,7 +256,7 @@ def modern(arch: str) -> Recipe:
         auxiliary_fades=True,
         batch_norm=True,
         mean_image=False,
-        crop=56 if fixed else 64,
+        crop=64,
         sizes=((0.0, 56),) if fixed else ((0.0, 48), (0.4, 64)),
         crop_area=(0.5, 1.0) if arch == "inception" else (0.35, 1.0),
         cutmix=_MODERN_CUTMIX[arch],
@@ -265,6 +277,7 @@ _CPU_SIZES = {
 def cpu(arch: str) -> Recipe:
     """A few epochs, most of them on small images: for a machine without a GPU."""
     arch = _KIN.get(arch, arch)
+    fixed = arch in FIXED_SIZE
     return dataclasses.replace(
         modern(arch),
         name="cpu",
@@ -273,8 +286,9 @@ def cpu(arch: str) -> Recipe:
         lr=_CPU_LR[arch],
         warmup=0.15,
         label_smoothing=0.05,
+        crop=56 if fixed else 64,
         sizes=_CPU_SIZES[arch],
-        crop_area=None if arch in FIXED_CROP else (0.6, 1.0),
+        crop_area=None if fixed else (0.6, 1.0),
         auxiliary_fades=False,
         distill_once=True,
         cutmix=0.0,

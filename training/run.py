@@ -77,10 +77,12 @@ class Run:
         if self.saved is not None:
             self._check_identity(self.saved)
             return
-        if path.exists() and workers.first:
+        if workers.first and path.exists():
             raise UsageError(
                 f"{folder} holds a run already: --resume goes on with it, --out names another"
             )
+        if workers.first and (folder / checkpoint.WEIGHTS).exists():
+            raise UsageError(f"{folder} holds a finished run: --out names another")
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:

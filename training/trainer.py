@@ -32,6 +32,9 @@ layers: 40 images of 64 x 64 for resnet20, 1,300 of 56 x 56 for baseline, whose 
 the same for a part of any size. A process that trains by the modern recipe then peaks at 1.7 GB
 beside the images, and larger parts are no faster. Batch norm takes its statistics from a part."""
 
+AVERAGED_SHARE = 0.2
+"""Of all steps: an average of weights goes back no further, whatever its decay."""
+
 REFIT_IMAGES = 1024
 """Training images that give the batch norms of weights to start from their first statistics."""
 
@@ -114,8 +117,10 @@ class Trainer:
             self._activations = activations_per_pixel(self.model, recipe.final_size)
         self.average: AveragedModel | None = None
         if recipe.ema is not None:
+            # In a run of few steps a slow average would hardly have left the first weights.
+            decay = min(recipe.ema, max(0.0, 1 - 1 / (AVERAGED_SHARE * self.steps)))
             self.average = AveragedModel(
-                self.model, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema), use_buffers=True
+                self.model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True
             )
         self.teacher: Teacher | None = None
         if teachers:
@@ -144,9 +149,18 @@ class Trainer:
             nesterov=recipe.nesterov,
             fused=True,
         )
+        if recipe.momentum:
+            # Otherwise the fused optimizer's first step makes them, without values: where float16
+            # overflows in that very step, it is skipped and they stay so.
+            for group in self.optimizer.param_groups:
+                for parameter in group["params"]:
+                    self.optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         self.precision = hardware.PRECISIONS[config.precision]
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == torch.float16)
         self.step = 0
+        # Set by an epoch's first step: what is written between two epochs is no time of training.
+        self._epoch_began: float | None = None
+        self._seconds_before = 0.0
         self._start_epoch()
 
     @property
@@ -162,6 +176,8 @@ class Trainer:
     def train_step(self) -> Tensor:
         """Train on the next batch; returns this process's loss, a scalar still on the device."""
         recipe = self.config.recipe
+        if self._epoch_began is None:
+            self._epoch_began = time.perf_counter()
         if self._order is None:
             self._order = self._permutation()
         start = self.step % self.steps_per_epoch * self.batch_size
@@ -212,7 +228,7 @@ class Trainer:
         """
         sums = self.workers.total(self._sums) / self.steps_per_epoch
         loss, hits = sums.tolist()  # waits for the device
-        seconds = time.perf_counter() - self._epoch_began + self._seconds_before
+        seconds = self._seconds()
         self._average_buffers()
         score = self.view_accuracy(self.evaluated, self.size, augment.CENTRE)
         row: Row = {
@@ -256,7 +272,7 @@ class Trainer:
             "average": None if self.average is None else self.average.state_dict(),
             "step": self.step,
             "sums": self.workers.total(self._sums).cpu(),
-            "seconds": time.perf_counter() - self._epoch_began + self._seconds_before,
+            "seconds": self._seconds(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -284,8 +300,13 @@ class Trainer:
     def _start_epoch(self) -> None:
         self._order = None
         self._sums = torch.zeros(2, dtype=torch.float64, device=self.device)
-        self._epoch_began = time.perf_counter()
+        self._epoch_began = None
         self._seconds_before = 0.0
+
+    def _seconds(self) -> float:
+        if self._epoch_began is None:
+            return self._seconds_before
+        return self._seconds_before + time.perf_counter() - self._epoch_began
 
     def _parts(self) -> int:
         if self.device.type != "cpu":

@@ -52,6 +52,27 @@ def test_every_run_of_the_paper_is_made_kept_and_reported(photos, tmp_path):
     assert again.stdout.count(f"done, its record is {tmp_path / 'records'}") == 4
 
 
+def test_a_teacher_whose_weights_are_gone_is_named(tmp_path):
+    script = ROOT / "benchmarks" / "train_all.sh"
+    for name in re.findall(r"train (ablation-\S+)", script.read_text()):
+        if name != "ablation-distilled":
+            (tmp_path / "records" / name).mkdir(parents=True)
+            (tmp_path / "records" / name / "result.json").touch()
+    places = {"RUNS": str(tmp_path / "runs"), "RECORDS": str(tmp_path / "records")}
+    found = run([script, "ablation"], **places, PYTHON="false")
+    assert found.returncode == 1
+    teacher = tmp_path / "runs" / "ablation-base"
+    assert f"ablation-distilled learns from {teacher}, whose weights are gone" in found.stderr
+
+
+def test_runs_with_arguments_of_ones_own_are_kept_apart():
+    script = ROOT / "benchmarks" / "train_all.sh"
+    for more, folder in (([], "runs"), (["--", "--epochs", "1"], "runs/other")):
+        found = run([script, "paper", *more], PYTHON="echo")
+        assert found.returncode == 0
+        assert f"--out {folder}/resnet20-paper" in found.stdout
+
+
 def test_groups_of_runs_are_named():
     for arguments in ([], ["imagenet"]):
         found = run([ROOT / "benchmarks" / "train_all.sh", *arguments])

@@ -60,6 +60,7 @@ def trained(small_weights, held_out) -> Training:
     """Of a run that held images out."""
     return dataclasses.replace(
         small_weights.training,
+        dataset=held_out.described,
         dataset_fingerprint=held_out.fingerprint,
         train_images=27 - HELD_OUT,
     )
@@ -73,7 +74,11 @@ def test_only_images_that_no_weights_have_seen_count(trained, held_out, photos):
     # Weights to start from: with the same images held out, of all images, of other data.
     seen = dataclasses.replace(trained, train_images=27)
     elsewhere = dataclasses.replace(other, dataset="imagenet")
-    for initial, expected in ((trained, True), (seen, False), (other, False), (elsewhere, True)):
+    whole = dataclasses.replace(other, dataset="photos", train_images=27)
+    assert trained.dataset == f"photos, {HELD_OUT} held out of train"
+    for initial, expected in (
+        (trained, True), (seen, False), (other, False), (whole, False), (elsewhere, True)
+    ):  # fmt: skip
         assert were_held_out(dataclasses.replace(trained, initial=initial), held_out) is expected
         later = dataclasses.replace(trained, initial=initial)
         assert were_held_out(dataclasses.replace(trained, initial=later), held_out) is expected

@@ -98,7 +98,7 @@ def test_the_auxiliary_heads_are_not_in_the_file(exported):
         for t in model.graph.initializer
         if t.data_type == onnx.TensorProto.FLOAT
     )
-    with_heads = count_parameters(exported.weights.network(), auxiliary=True)
+    with_heads = sum(p.numel() for p in exported.weights.network().parameters())
     assert numbers < with_heads - 50_000
 
 
@@ -268,6 +268,24 @@ def test_what_is_no_finished_run_is_one_line(small_run, tmp_path, capsys, break_
     assert export.main([str(small_run), "-o", str(output)]) == 1
     check_one_line(capsys, words)
     assert not output.exists()
+
+
+def test_data_of_other_classes_is_one_line(small_run, tmp_path, bare, capsys):
+    (bare / "jade").rename(bare / "onyx")
+    output = tmp_path / "models"
+    assert export.main([str(small_run), "-o", str(output), "--data", str(bare)]) == 2
+    check_one_line(capsys, "has other classes")
+    assert not output.exists()
+
+
+@pytest.mark.slow
+def test_files_of_the_same_name_with_other_weights_are_named(small_run, tmp_path, capsys):
+    shutil.copy(find_model("baseline", ("int8",)), tmp_path)
+    assert export.main([str(small_run), "-o", str(tmp_path)]) == 0
+    assert "baseline.int8.onnx has other weights" in capsys.readouterr().err
+    (tmp_path / "baseline.int8.onnx").unlink()
+    assert export.main([str(small_run), "-o", str(tmp_path), "--precision", "fp16"]) == 0
+    assert "other weights" not in capsys.readouterr().err
 
 
 def test_data_that_is_not_there_is_one_line(small_run, tmp_path, capsys):

@@ -2,6 +2,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import time
 from pathlib import Path
 
 import numpy as np
@@ -171,7 +172,9 @@ def make_trainer(photos):
     """A trainer with weight averaging, dropout, auxiliary heads and random resized crops."""
     dataset = data.load(photos)
 
-    def make(seed: int = 1, limit_train: int | None = 12, **changes: object) -> Trainer:
+    def make(
+        seed: int = 1, limit_train: int | None = 12, precision: str = "fp32", **changes: object
+    ) -> Trainer:
         recipe = dataclasses.replace(
             RECIPES["modern"]("inception"), epochs=3, batch_size=4, sizes=((0.0, 24),), ema=0.9
         )
@@ -180,7 +183,7 @@ def make_trainer(photos):
             arch="inception",
             recipe=recipe,
             seed=seed,
-            precision="fp32",
+            precision=precision,
             image_size=64,
             limit_train=limit_train,
         )
@@ -316,6 +319,43 @@ def test_averaged_weights_are_those_that_are_evaluated(make_trainer):
     averaged = state_after(trainer, 2)
     latest = trainer.model.state_dict()
     assert not torch.equal(averaged["stem.0.weight"], latest["stem.0.weight"])
+
+
+def test_a_slow_average_does_not_outlast_a_short_run(make_trainer):
+    trainer = make_trainer(ema=0.9999, epochs=8)
+    first = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    averaged = state_after(trainer, trainer.steps)["stem.0.weight"]
+    latest = trainer.model.state_dict()["stem.0.weight"]
+    assert (averaged - latest).norm() < 0.3 * (averaged - first["stem.0.weight"]).norm()
+
+
+def test_a_first_step_that_overflows_leaves_nothing_behind(make_trainer):
+    trainer = make_trainer(precision="fp16")
+    trainer.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**24)
+    # What the optimizer would make in a step that is skipped has no values.
+    assert all(
+        not trainer.optimizer.state[parameter]["momentum_buffer"].any()
+        for parameter in trainer.model.parameters()
+    )
+    before = trainer.model.state_dict()["stem.0.weight"].clone()
+    trainer.train_step()
+    assert trainer.scaler.get_scale() < 2.0**24
+    assert torch.equal(trainer.model.state_dict()["stem.0.weight"], before)
+    trainer.scaler = torch.amp.GradScaler("cpu", init_scale=1.0)
+    loss = [trainer.train_step().item() for _ in range(2)][-1]
+    assert math.isfinite(loss)
+    assert all(value.isfinite().all() for value in trainer.model.state_dict().values())
+    assert not torch.equal(trainer.model.state_dict()["stem.0.weight"], before)
+
+
+def test_what_is_done_between_two_epochs_is_no_time_of_training(make_trainer, monkeypatch):
+    trainer = make_trainer()
+    state_after(trainer, trainer.steps_per_epoch)
+    now = time.perf_counter
+    monkeypatch.setattr(time, "perf_counter", lambda: now() + 1000)
+    while trainer.step < 2 * trainer.steps_per_epoch:
+        trainer.train_step()
+    assert 0 < trainer.finish_epoch()["seconds"] < 1000
 
 
 def test_an_epoch_sees_every_image_once_in_an_order_of_its_own(make_trainer):
@@ -602,6 +642,8 @@ def test_an_unknown_architecture_is_refused_with_those_known(run_module, tmp_pat
         ("--set epochs=0", "epochs"),
         ("--set lr=fast", "not JSON"),
         ("--set cutmix=2", "CutMix"),
+        ("--set sizes=[[0,16]]", "inception cannot be trained on 16 px"),
+        ("--arch baseline --set sizes=[[0,24],[0.5,56]]", "on 24 px and end at 56 px"),
     ],
 )
 def test_arguments_that_cannot_be_used_are_refused(
@@ -696,6 +738,36 @@ def test_a_run_that_diverges_stops_with_advice(photos, tmp_path, capsys):
     said = capsys.readouterr().err
     assert "lower --lr" in said.splitlines()[-1]
     assert not (tmp_path / "run" / "weights.pt").exists()
+
+
+def test_a_finished_run_is_not_mixed_with_another(photos, tmp_path, capsys):
+    arguments = "--arch baseline --recipe cpu --epochs 1 -b 6"
+    assert fit_here(tmp_path / "run", photos, arguments) == 0
+    (tmp_path / "run" / "checkpoint.pt").unlink()
+    before = (tmp_path / "run" / "config.json").read_bytes()
+    for option in ("", " --resume"):
+        assert fit_here(tmp_path / "run", photos, arguments + option) == 2
+        assert "holds a finished run" in capsys.readouterr().err.splitlines()[-1]
+    assert (tmp_path / "run" / "config.json").read_bytes() == before
+
+
+def test_workers_that_torchrun_did_not_start_are_refused(
+    photos, tmp_path, monkeypatch, check_one_line
+):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert fit_here(tmp_path / "run", photos, "--arch baseline --recipe cpu") == 2
+    check_one_line("WORLD_SIZE is 2")
+
+
+def test_a_gpu_that_is_full_is_one_line(photos, tmp_path, monkeypatch, capsys):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(Trainer, "train_step", full)
+    assert fit_here(tmp_path / "run", photos, "--arch inception --recipe cpu -b 6") == 1
+    said = capsys.readouterr().err
+    assert "lower --batch-size" in said.splitlines()[-1]
+    assert "Traceback" not in said
 
 
 def test_a_run_killed_before_its_first_checkpoint_starts_over(photos, tmp_path):

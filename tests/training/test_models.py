@@ -33,10 +33,6 @@ def test_the_layout_of_the_paper_has_its_parameters(arch):
     assert count_parameters(ARCHS[arch](200, batch_norm=False)) == PARAMETERS[arch]
 
 
-def test_auxiliary_heads_are_counted_only_if_asked_for():
-    assert count_parameters(ARCHS["inception"](200), auxiliary=True) == 1_162_983
-
-
 @every_arch
 def test_batch_norm_hardly_changes_the_size(arch):
     with_norm = count_parameters(ARCHS[arch](200, batch_norm=True))

@@ -111,6 +111,12 @@ def test_a_mean_image_comes_back_where_it_counts(small_weights, pictures, tmp_pa
     assert_the_same(logits(found, pictures), logits(weights, pictures))
 
 
+def test_the_centre_of_a_mean_image_is_continued_to_its_edges():
+    whole = torch.arange(6.0).reshape(1, 6, 1).expand(6, 6, 3).contiguous()
+    found = pretrained._whole_mean(whole[1:5, 1:5].reshape(-1), 6)
+    assert found[0, :, 2].tolist() == found[3, :, 0].tolist() == [1, 1, 2, 3, 4, 4]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp16", "int8"])
 def test_files_of_lower_precision_give_nearly_the_same_network(

@@ -6,7 +6,7 @@ import pytest
 
 from tinyserve.errors import UsageError
 from training.models import ARCHS
-from training.recipes import FIXED_CROP, RECIPES, SMALLEST_IMAGE, Recipe
+from training.recipes import FIXED_SIZE, RECIPES, SMALLEST_IMAGE, Recipe
 
 STEPS = 40
 """Steps of an epoch."""
@@ -71,9 +71,11 @@ def test_every_recipe_is_one_for_every_architecture(name, arch):
     assert all(0 < recipe.learning_rate(s, STEPS) <= recipe.lr for s in range(steps))
     last = recipe.training_size(steps - 1, STEPS)
     assert last <= 64 and recipe.crop <= 64
-    if arch in FIXED_CROP:
+    if arch in FIXED_SIZE:
         # Their first fully connected layer fits the size that is exported.
-        assert recipe.crop == last == 56
+        assert last == 56
+    # What training resamples is resampled at evaluation, too, if the sizes leave a choice.
+    assert recipe.crop == (64 if recipe.crop_area else 56)
 
 
 def test_the_paper_recipe_is_the_layout_of_the_paper():
@@ -121,8 +123,6 @@ def test_a_recipe_for_any_size_fits_into_its_images(name, arch):
         assert all(SMALLEST_IMAGE <= size <= image_size for size in (*sizes, scaled.crop))
         assert sizes == sorted(sizes)
         assert [start for start, _ in scaled.sizes] == [start for start, _ in recipe.sizes]
-        if arch in FIXED_CROP:
-            assert scaled.final_size == scaled.crop
 
 
 # Changes
@@ -264,6 +264,13 @@ INVALID = {
     "no learning rate": {"lr": 0.0},
     "negative learning rate": {"lr": -0.1},
     "learning rate not a number": {"lr": math.nan},
+    "negative weight decay": {"weight_decay": -1e-4},
+    "Nesterov without momentum": {"momentum": 0.0, "nesterov": True},
+    "no crop": {"crop": 0},
+    "a size of nothing": {"sizes": ((0.0, 0),)},
+    "areas the wrong way round": {"crop_area": (1.0, 0.5)},
+    "an area of nothing": {"crop_area": (0.0, 0.5)},
+    "an area of more than all": {"crop_area": (0.5, 1.5)},
     "no size at the start": {"sizes": ((0.5, 32),)},
     "sizes out of order": {"sizes": ((0.0, 24), (0.9, 48), (0.5, 32))},
     "a negative share of CutMix": {"cutmix": -0.1},

@@ -32,12 +32,10 @@ ARCHS: dict[str, Callable[..., nn.Module]] = {
 }
 
 
-def count_parameters(model: nn.Module, *, auxiliary: bool = False) -> int:
-    """Number of trainable scalars; those of auxiliary heads (training only) count if asked for."""
+def count_parameters(model: nn.Module) -> int:
+    """Number of trainable scalars, without those of auxiliary heads, which only training has."""
     return sum(
-        parameter.numel()
-        for name, parameter in model.named_parameters()
-        if auxiliary or not is_auxiliary(name)
+        parameter.numel() for name, parameter in model.named_parameters() if not is_auxiliary(name)
     )
 
 
