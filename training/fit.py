@@ -2,7 +2,7 @@
 
 Try it on a CPU in a minute, then for real::
 
-    python -m training.fit --arch baseline --epochs 1 --limit-train 2000
+    python -m training.fit --arch baseline --recipe cpu --limit-train 10000
     python -m training.fit --arch inception                     # Tiny ImageNet, the modern recipe
     python -m training.fit --arch resnet20 --recipe paper       # as in the paper
     python -m training.fit --arch resnet20 --data my_photos/    # train/<class>/*, val/<class>/*

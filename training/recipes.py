@@ -225,8 +225,8 @@ def paper(arch: str) -> Recipe:
     )
 
 
-_MODERN_LR = {"baseline": 0.05, "alexnet": 0.1, "inception": 0.4, "resnet20": 0.4}
-_MODERN_WEIGHT_DECAY = {"baseline": 1e-3, "alexnet": 5e-4, "inception": 2e-4, "resnet20": 5e-4}
+_MODERN_LR = {"baseline": 0.8, "alexnet": 0.1, "inception": 0.4, "resnet20": 0.4}
+_MODERN_WEIGHT_DECAY = {"baseline": 3e-4, "alexnet": 5e-4, "inception": 2e-4, "resnet20": 5e-4}
 _MODERN_EPOCHS = {"baseline": 60, "alexnet": 80, "inception": 60, "resnet20": 60}
 _MODERN_CUTMIX = {"baseline": 0.3, "alexnet": 0.5, "inception": 0.0, "resnet20": 0.5}
 
@@ -235,6 +235,9 @@ def modern(arch: str) -> Recipe:
     """Warm-up and one cosine, Nesterov momentum, random-resized crops, CutMix, averaged weights.
 
     Inception, a tenth of the others' size, is held back by regularisation rather than helped.
+
+    Baseline, most of it one large matrix, wants a high learning rate: of 0.08, 0.3, 0.8 and 2, in
+    batches of 512, 0.8 was right most often after three epochs, on 5,000 images held out.
 
     All are evaluated on the whole image: what random-resized crops show is resampled, and with one
     layer of filters a network is lost on pixels that are not. Trained so for 18 epochs, baseline
@@ -265,7 +268,7 @@ def modern(arch: str) -> Recipe:
 
 
 _CPU_EPOCHS = {"baseline": 2, "alexnet": 2, "inception": 2, "resnet20": 4}
-_CPU_LR = {"baseline": 0.02, "alexnet": 0.05, "inception": 0.2, "resnet20": 0.2}
+_CPU_LR = {"baseline": 0.2, "alexnet": 0.05, "inception": 0.2, "resnet20": 0.2}
 _CPU_SIZES = {
     "baseline": ((0.0, 56),),
     "alexnet": ((0.0, 24), (0.6, 32), (0.88, 56)),
