@@ -7,7 +7,7 @@ import zipfile
 
 import pytest
 
-from tinyserve import archives
+from tinyserve import archives, images
 from tinyserve.dataset import find_inputs
 from tinyserve.errors import DataError, ImageError
 
@@ -70,7 +70,7 @@ def test_names_that_lead_outside_are_only_names(make_archive, jpeg, name, tmp_pa
 
 
 def test_a_bomb_is_refused_without_being_unpacked(tmp_path, monkeypatch):
-    monkeypatch.setattr(archives, "MAX_BYTES", 1_000_000)
+    monkeypatch.setattr(images, "MAX_BYTES", 1_000_000)
     for name in ("a.zip", "a.tar.gz"):
         path = tmp_path / name
         if name == "a.zip":
@@ -170,7 +170,7 @@ def test_a_row_that_is_too_large_is_no_image(tmp_path, jpeg, monkeypatch):
     pa = pytest.importorskip("pyarrow")
     import pyarrow.parquet as parquet
 
-    monkeypatch.setattr(archives, "MAX_BYTES", 100_000)
+    monkeypatch.setattr(images, "MAX_BYTES", 100_000)
     path = tmp_path / "a.parquet"
     parquet.write_table(pa.table({"image": [jpeg, bytes(100_001)]}), path)
     good, bomb = find_inputs([str(path)])

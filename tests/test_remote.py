@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tinyserve import remote
+from tinyserve import images
 from tinyserve.dataset import find_inputs
 from tinyserve.errors import DataError, ImageError, UsageError
 
@@ -56,7 +56,7 @@ def test_what_cannot_be_read_is_a_row_or_one_line(tmp_path):
 
 
 def test_too_large_is_not_read_to_its_end(tmp_path, monkeypatch):
-    monkeypatch.setattr(remote, "MAX_BYTES", 10)
+    monkeypatch.setattr(images, "MAX_BYTES", 10)
     (tmp_path / "large.jpg").write_bytes(bytes(11))
     (item,) = find_inputs([tmp_path.as_uri()])
     with pytest.raises(ImageError, match="too large: more than 10 bytes"):

@@ -14,10 +14,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import repeat
-from typing import IO, Any
+from typing import Any
 
+from tinyserve import images
 from tinyserve.errors import DataError, ImageError, UsageError
-from tinyserve.images import MAX_BYTES, is_image_name
 
 TARS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
 SUFFIXES_OF_ARCHIVES = (".zip", *TARS, ".parquet")
@@ -105,14 +105,14 @@ def _zipped(path: str) -> Iterator[Member]:
     # Not closed here but with its last member, which may be read long after it was listed.
     archive = zipfile.ZipFile(path)
     for info in archive.infolist():
-        if not info.is_dir() and is_image_name(info.filename):
+        if not info.is_dir() and images.is_image_name(info.filename):
             yield Member(info.filename, None, partial(_unzip, archive, info))
 
 
 def _unzip(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
     try:
         with archive.open(info) as file:
-            return _limited(file)
+            return images.read_from(file)
     except ImageError:
         raise
     except Exception as error:  # each compression has an error class of its own
@@ -124,7 +124,7 @@ def _tarred(path: str) -> Iterator[Member]:
     with tarfile.open(path, "r|*") as archive:
         while info := archive.next():
             archive.members = []  # type: ignore[attr-defined]  # it would grow with every member
-            if not is_image_name(info.name):
+            if not images.is_image_name(info.name):
                 continue
             if info.issym() or info.islnk():
                 yield failed(info.name, "a link; unpack the archive to follow it")
@@ -132,10 +132,10 @@ def _tarred(path: str) -> Iterator[Member]:
             if not info.isfile():
                 continue
             file = archive.extractfile(info)
-            if file is None or info.size > MAX_BYTES:
-                yield failed(info.name, _too_large(info.size))
+            if file is None or info.size > images.MAX_BYTES:
+                yield failed(info.name, images.too_large(info.size))
                 continue
-            data = _limited(file)
+            data = images.read_from(file)
             yield Member(info.name, None, partial(bytes, data), len(data))
 
 
@@ -163,8 +163,8 @@ def _rows(path: str) -> Iterator[Member]:
                 label = label if isinstance(label, str) else None
                 if length is None:
                     yield failed(str(number), "no image in this row", label)
-                elif length > MAX_BYTES:
-                    yield failed(str(number), _too_large(length), label)
+                elif length > images.MAX_BYTES:
+                    yield failed(str(number), images.too_large(length), label)
                 else:
                     yield Member(str(number), label, partial(bytes, file.as_py()), length)
                 number += 1
@@ -193,14 +193,3 @@ def _label_names(schema: Any) -> list[str] | None:
     except (TypeError, KeyError, ValueError):
         return None
     return [str(name) for name in names]
-
-
-def _limited(file: IO[bytes]) -> bytes:
-    data = file.read(MAX_BYTES + 1)
-    if len(data) > MAX_BYTES:
-        raise ImageError(f"too large: more than {MAX_BYTES:,} bytes")
-    return data
-
-
-def _too_large(size: int) -> str:
-    return f"too large: {size:,} bytes, more than {MAX_BYTES:,}"

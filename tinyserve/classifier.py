@@ -219,7 +219,7 @@ def _batches(items: Iterator[Input], batch_size: int) -> Iterator[list[Input]]:
     held = 0
     for item in items:
         batch.append(item)
-        held += 0 if item.member is None else item.member.in_memory
+        held += item.in_memory
         if len(batch) == batch_size or held > _HELD:
             yield batch
             batch, held = [], 0

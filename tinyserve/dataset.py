@@ -48,6 +48,11 @@ class Input:
         return images.read(self.path) if self.member is None else self.member.read()
 
     @property
+    def in_memory(self) -> int:
+        """Bytes that it holds already."""
+        return 0 if self.member is None else self.member.in_memory
+
+    @property
     def version(self) -> str:
         """:func:`version_of` its path."""
         return version_of(self.path)
@@ -130,13 +135,14 @@ def _listed(lines: Iterable[bytes]) -> Iterator[Input]:
 
 
 def _archived(path: str) -> Iterator[Input]:
+    def annotations(folder: str) -> dict[str, str] | None:
+        return _annotations_inside(path).get(folder)
+
     for member in archives.members(path):
         if not member.name:
             yield Input(path, None, member)
             continue
-        label = member.label or _label(
-            member.name, lambda folder: _annotations_inside(path).get(folder)
-        )
+        label = member.label or _label(member.name, annotations)
         yield Input(f"{path}/{member.name}", label, member)
 
 

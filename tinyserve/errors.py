@@ -71,3 +71,9 @@ class GateError(TinyserveError):
 
 class DeviceError(TinyserveError):
     exit_code = 5
+
+
+def describe_os_error(error: OSError) -> str:
+    """What the system says, and of which file where it knows."""
+    where = f"{error.filename}: " if error.filename else ""
+    return f"{where}{error.strerror or error}"

@@ -13,6 +13,7 @@ import stat
 import threading
 import warnings
 from collections.abc import Callable, Iterator
+from typing import IO
 
 import numpy as np
 import simplejpeg
@@ -118,7 +119,7 @@ def read(path: str | os.PathLike[str]) -> bytes:
                     f"cannot read: {'a folder' if stat.S_ISDIR(status.st_mode) else 'not a file'}"
                 )
             if status.st_size > MAX_BYTES:
-                raise ImageError(f"too large: {status.st_size:,} bytes, more than {MAX_BYTES:,}")
+                raise ImageError(too_large(status.st_size))
             data = os.read(descriptor, status.st_size)
             while len(data) < status.st_size and (more := os.read(descriptor, status.st_size)):
                 data += more  # some file systems give a piece at a time
@@ -129,6 +130,20 @@ def read(path: str | os.PathLike[str]) -> bytes:
         raise ImageError(f"cannot read: {error.strerror or error}") from error
     except ValueError as error:  # a NUL in the name
         raise ImageError(f"cannot read: {error}") from error
+
+
+def read_from(file: IO[bytes]) -> bytes:
+    """The rest of a stream whose length nobody vouches for; :class:`ImageError` where it is more
+    than :data:`MAX_BYTES`."""
+    data = file.read(MAX_BYTES + 1)
+    if len(data) > MAX_BYTES:
+        raise ImageError(f"too large: more than {MAX_BYTES:,} bytes")
+    return data
+
+
+def too_large(size: int) -> str:
+    """What is said of a file of more than :data:`MAX_BYTES`."""
+    return f"too large: {size:,} bytes, more than {MAX_BYTES:,}"
 
 
 def decode(data: bytes, *, at_least: int | None = None) -> NDArray[np.uint8]:

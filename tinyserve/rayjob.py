@@ -152,9 +152,7 @@ class _Worker:
         tally = Tally()
         with tempfile.TemporaryDirectory() as folder:
             path = os.path.join(folder, "rows")
-            widest = max(len(item.path) for item in inputs)
-            model = classifier.fingerprint
-            with open_rows(path, job.format, k=k, model=model, widest=widest) as write:
+            with open_rows(path, job.format, k=k, model=classifier.fingerprint) as write:
                 for result in classifier.classify_many(inputs, k, job.batch_size):
                     tally.add(result)
                     write(result)

@@ -5,7 +5,7 @@ from typing import Any
 
 from tinyserve.archives import Member
 from tinyserve.errors import DataError, ImageError, UsageError
-from tinyserve.images import MAX_BYTES, is_image_name
+from tinyserve.images import is_image_name, read_from
 
 
 def is_remote(path: str) -> bool:
@@ -57,12 +57,9 @@ def _file_system(uri: str) -> tuple[Any, str]:
 def _read(filesystem: Any, path: str) -> bytes:
     try:
         with filesystem.open_input_stream(path) as file:
-            data: bytes = file.read(MAX_BYTES + 1)
+            return read_from(file)
     except OSError as error:
         raise ImageError(f"cannot read: {_first_line(error)}") from error
-    if len(data) > MAX_BYTES:
-        raise ImageError(f"too large: more than {MAX_BYTES:,} bytes")
-    return data
 
 
 def _first_line(error: Exception) -> str:

@@ -24,7 +24,7 @@ import onnx
 import torch
 
 from tinyserve.engine import Engine, read_card
-from tinyserve.errors import CheckpointError, TinyserveError, UsageError
+from tinyserve.errors import CheckpointError, TinyserveError, UsageError, describe_os_error
 from tinyserve.modelfile import (
     INPUT_NAME,
     OUTPUT_NAME,
@@ -60,8 +60,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"training.export: {error}", file=sys.stderr)
         return error.exit_code
     except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        print(f"training.export: {where}{error.strerror or error}", file=sys.stderr)
+        print(f"training.export: {describe_os_error(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("training.export: interrupted", file=sys.stderr)

@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from tinyserve.errors import TinyserveError, UsageError
+from tinyserve.errors import TinyserveError, UsageError, describe_os_error
 from tinyserve.modelfile import Training
 from tinyserve.report import wilson_interval
 from training import augment, checkpoint, data, distill, distributed, hardware, pretrained
@@ -80,8 +80,7 @@ def main(argv: list[str] | None = None) -> int:
         print("training.fit: the GPU's memory is full: lower --batch-size", file=sys.stderr)
         return 1
     except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        print(f"training.fit: {where}{error.strerror or error}", file=sys.stderr)
+        print(f"training.fit: {describe_os_error(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("training.fit: interrupted", file=sys.stderr)

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from tinyserve.errors import TinyserveError, UsageError
+from tinyserve.errors import TinyserveError, UsageError, describe_os_error
 from tinyserve.report import wilson_interval
 from training.figures import ACCURACY, LOSS, RATE, Album
 from training.records import SINGLE, TEN, Record, Score, in_words, keep_record, read_records
@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"training.report: {error}", file=sys.stderr)
         return error.exit_code
     except OSError as error:
-        print(f"training.report: {error.filename}: {error.strerror}", file=sys.stderr)
+        print(f"training.report: {describe_os_error(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("training.report: interrupted", file=sys.stderr)

@@ -20,14 +20,15 @@ from tinyserve.errors import TinyserveError
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     logging.basicConfig(format="tinyserve: %(message)s", level=logging.WARNING, force=True)
+    if sys.stdout is None:  # closed before the start: >&-
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # until the end
     for stream in (sys.stdout, sys.stderr):
         # File names need not be valid in the terminal's encoding, and printing must not fail.
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     try:
         code: int = arguments.command(arguments)
-        if sys.stdout is not None:  # None where it was closed before the start: >&-
-            sys.stdout.flush()
+        sys.stdout.flush()
         return code
     except TinyserveError as error:
         print(f"tinyserve: {error}", file=sys.stderr)
@@ -43,8 +44,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _let_go_of_stdout() -> None:
     """What could not be written must not fail once more, and aloud, when Python closes stdout."""
-    if sys.stdout is None:
-        return
     try:
         sys.stdout.flush()
     except OSError:

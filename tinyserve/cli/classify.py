@@ -191,7 +191,7 @@ def _first(inputs: Iterator[Input]) -> tuple[deque[Input], bool]:
     held = 0
     for item in inputs:
         first.append(item)
-        held += 0 if item.member is None else item.member.in_memory
+        held += item.in_memory
         if len(first) == _FIRST or held > _FIRST_BYTES:
             return first, False
     return first, True
