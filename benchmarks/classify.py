@@ -2,8 +2,8 @@
 
 ::
 
-    python benchmarks/classify.py --data tiny-imagenet-200/val/images          # all of it: hours
-    python benchmarks/classify.py --data tiny-imagenet-200/val/images --parts files \\
+    python benchmarks/classify.py --data data/tiny-imagenet-200/val/images    # all of it: hours
+    python benchmarks/classify.py --data data/tiny-imagenet-200/val/images --parts files \\
         --models resnet20 --limit 2000 --hf-python hf-venv/bin/python --json found.json
     python benchmarks/classify.py --parts cold,memory
 
@@ -43,6 +43,7 @@ from PIL import Image
 
 from tinyserve.classifier import Classifier
 from tinyserve.dataset import walk_images
+from tinyserve.devices import usable_cores
 
 ROOT = Path(__file__).resolve().parent.parent
 PEERS = ROOT / "benchmarks" / "peers"
@@ -426,7 +427,7 @@ def main() -> None:
 
     found: dict[str, Any] = {
         "platform": platform.platform(),
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": usable_cores(),
         "rounds": arguments.rounds,
         "limit": arguments.limit,
         "speeds": [],

@@ -81,7 +81,7 @@ precision() {
 }
 
 # One ingredient of the modern recipe at a time, on images held out of train. A CPU core does a run in
-# a quarter of an hour; on a GPU give "-- --epochs 15 --limit-train 95000 -b 512".
+# a quarter of an hour or two; on a GPU give "-- --epochs 15 --limit-train 95000 -b 512".
 ablation() {
     local base=(--arch resnet20 --recipe modern --holdout 5000 --limit-train 20000 --epochs 5
                 --batch-size 128 --lr 0.1 --set ema=0.99 --set 'sizes=[[0,16],[0.4,24]]')

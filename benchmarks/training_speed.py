@@ -2,8 +2,8 @@
 
 ::
 
-    python benchmarks/training_speed.py --data tiny-imagenet-200                     # this machine
-    python benchmarks/training_speed.py --data tiny-imagenet-200 --arch resnet20 --size 64 --compile
+    python benchmarks/training_speed.py --data data/tiny-imagenet-200
+    python benchmarks/training_speed.py --arch resnet20 --size 64 --compile
 
 The three take turns in one process, several rounds of the same steps each; medians are printed, and
 ratios to the limit. The usual loop is ``ImageFolder``, ``DataLoader`` with a worker a core, and
@@ -25,6 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision import datasets
 from torchvision.transforms import v2
 
+from tinyserve.devices import usable_cores
 from training import augment, data, hardware
 from training.recipes import RECIPES
 from training.run import Config
@@ -150,7 +151,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8, help="a round")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument(
-        "--workers", "-j", type=int, default=hardware.cpus(), help="of the DataLoader"
+        "--workers", "-j", type=int, default=usable_cores(), help="of the DataLoader"
     )
     parser.add_argument("--compile", action="store_true")
     arguments = parser.parse_args()

@@ -12,7 +12,7 @@ text_format = pytest.importorskip("google.protobuf.text_format")
 @pytest.fixture(scope="module")
 def repository(tmp_path_factory):
     folder = tmp_path_factory.mktemp("triton") / "models"
-    assert main(["triton", str(folder), "-m", "inception,resnet20"]) == 0
+    assert main(["triton", str(folder), "-m", "inception", "-m", "resnet20"]) == 0
     return folder
 
 

@@ -4,7 +4,7 @@
 
     from tinyserve import Classifier
 
-    for prediction in Classifier("resnet20").classify("samples/goldfish/val_6257.JPEG"):
+    for prediction in Classifier("resnet20").classify("samples/goldfish/val_68.JPEG"):
         print(f"{prediction.name}: {prediction.probability:.1%}")
 """
 

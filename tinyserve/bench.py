@@ -9,7 +9,6 @@ import itertools
 import json
 import logging
 import os
-import sys
 import tempfile
 import threading
 import time
@@ -26,6 +25,7 @@ from numpy.typing import NDArray
 
 from tinyserve.classifier import Classifier
 from tinyserve.dataset import version_of
+from tinyserve.devices import peak_resident_bytes
 from tinyserve.errors import OutputError, UsageError
 
 _COPIES = 64
@@ -106,7 +106,7 @@ def _measure(
         )
         for size in batch_sizes
     ]
-    peak = _peak_bytes()
+    peak = peak_resident_bytes()
     return [
         Measurement(
             file=str(file),
@@ -188,15 +188,6 @@ def _files(classifier: Classifier, paths: Sequence[str], batch_size: int, second
             results.close()
             return done / elapsed
     raise AssertionError("the paths never end")
-
-
-def _peak_bytes() -> int | None:
-    try:
-        import resource
-    except ModuleNotFoundError:  # Windows
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak
 
 
 def best(measurements: Sequence[Measurement]) -> dict[str, Measurement]:

@@ -179,3 +179,13 @@ def cpu_quota() -> float | None:
         return int(quota) / int(period)
     except (OSError, ValueError):  # no cgroup v2, or "max"
         return None
+
+
+def peak_resident_bytes() -> int | None:
+    """The most memory that this process has had; None where the system does not say."""
+    try:
+        import resource
+    except ModuleNotFoundError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak

@@ -21,7 +21,10 @@ from training.evaluate import ServedNetwork
 from training.gate import in_batches
 
 TEMPERATURES = (0.1, 10.0)
-"""The range that is searched: a network that is always right would have 0."""
+"""The range that is searched."""
+PRIOR = 0.25
+"""How far the logarithm of a temperature is expected to be from 0: what little a few images say is
+weighed against that, and a thousand outweigh it. A few that are all right would else ask for 0."""
 THRESHOLDS = 100
 
 _BATCH = 64
@@ -94,16 +97,18 @@ def were_held_out(training: Training, dataset: Dataset) -> bool:
 
 
 def fit_temperature(logits: Tensor, labels: Tensor) -> float:
-    """What to divide logits by for the least mean cross-entropy, within :data:`TEMPERATURES`.
+    """What to divide logits by for the likeliest answers, within :data:`TEMPERATURES`.
 
-    ``logits`` is ``[N, views, classes]``, the views' probabilities being averaged; ``labels`` int64
-    ``[N]``.
+    That is the maximum a posteriori of the temperature, whose logarithm is normally distributed
+    around 0 with the standard deviation :data:`PRIOR`. ``logits`` is ``[N, views, classes]``, the
+    views' probabilities being averaged; ``labels`` int64 ``[N]``.
     """
 
     def loss(log_temperature: float) -> float:
         log_probabilities = (logits.double() / math.exp(log_temperature)).log_softmax(dim=-1)
         answers = log_probabilities.logsumexp(dim=1)  # less the logarithm of the number of views
-        return float(torch.nn.functional.nll_loss(answers, labels))
+        surprise = float(torch.nn.functional.nll_loss(answers, labels, reduction="sum"))
+        return surprise + (log_temperature / PRIOR) ** 2 / 2
 
     low, high = (math.log(end) for end in TEMPERATURES)
     while high - low > 1e-4:  # the loss has one minimum: leave out the third that cannot hold it

@@ -41,6 +41,8 @@ ZIP_MD5 = "90528d7ca1a48142e341f4ef8d21d0de"
 HOLDOUT = 0.1
 """Share of the training images that is held out where there is no validation split."""
 
+_SPLITS = {"train", "training", "val", "valid", "validation", "dev", "test", "testing"}
+"""Names that are meant for splits, not for classes."""
 _CACHE_FOLDER = ".tinyserve-cache"
 _CHUNK = 1 << 20
 
@@ -113,6 +115,11 @@ def load(root: Path, *, image_size: int = 64, skip_bad: bool = False, holdout: i
         raise DataError(f"{train_folder} has no class folders: wanted train/<class>/*")
     if len(names) == 1:
         raise DataError(f"{train_folder} has one class folder, {names[0]}/: wanted two or more")
+    if _SPLITS.issuperset(name.lower() for name in names):
+        raise DataError(
+            f"{train_folder} has the folders {', '.join(names)}, which look like splits, not like "
+            "classes: name them train and val"
+        )
     index = {name: position for position, name in enumerate(names)}
     train_files = [
         (path, index[name]) for name in names for path in walk_images(train_folder / name)

@@ -2,8 +2,8 @@
 
 ::
 
-    python -m training.export runs/inception-modern -o exported/
-    python -m training.export runs/resnet20-modern --precision fp32,fp16,int8 -o exported/
+    python -m training.export runs/inception-modern -o models/
+    python -m training.export runs/resnet20-modern --precision fp32,fp16,int8 -o models/
 
 A file appears under its name only after it has shown on real images that it computes what the
 network does in PyTorch; otherwise what was there stays and the exit code is 4.
@@ -41,6 +41,7 @@ from training.checkpoint import Weights
 from training.evaluate import ServedNetwork
 from training.gate import BOUNDS, Gate, spread
 from training.models import count_parameters
+from training.records import CONFIG
 
 GOLDEN_IMAGES = 8
 
@@ -169,9 +170,9 @@ def _converted(
     trained_on = np.setdiff1d(np.arange(len(dataset.train)), dataset.held_out)
     order = np.random.default_rng(0).permutation(trained_on)
     count = min(quantize.CALIBRATION_IMAGES, len(order) // 2)
-    calibration = dataset.train.images[np.sort(order[:count])]
+    ranged = dataset.train.images[np.sort(order[:count])]
     choice = dataset.train.images[np.sort(order[count : count + quantize.CHOICE_IMAGES])]
-    result = quantize.to_int8(graph, calibration, choice)
+    result = quantize.to_int8(graph, ranged, choice)
     return result.model, (
         f"int8: {result.method} ranges, {100 * result.agreement:.1f} % the same top-1 as fp32 on "
         f"{len(choice):,} training images"
@@ -242,13 +243,13 @@ def _data_of(run: Path, named: Path | None) -> tuple[Path, int]:
         calibration = read_card(run).calibration
         return named, calibration.fitted_images + calibration.images if calibration else 0
     try:
-        document = json.loads((run / "config.json").read_text())
+        document = json.loads((run / CONFIG).read_text())
         return named or Path(document["data"]), document.get("config", {}).get("holdout", 0)
     except (OSError, ValueError, KeyError) as error:
         if named is not None:
             return named, 0
         raise CheckpointError(
-            f"{run / 'config.json'} does not say what the run was trained on; name it with --data"
+            f"{run / CONFIG} does not say what the run was trained on; name it with --data"
         ) from error
 
 
@@ -286,7 +287,8 @@ def _parser() -> argparse.ArgumentParser:
         type=int,
         choices=sorted(VIEWS),
         default=1,
-        help="average this many views of an image: 2 mirrors it, 10 crops the corners, too",
+        help="test-time augmentation: average this many views of an image; 2 mirrors it, 10 crop "
+        "the corners, too",
     )
     parser.add_argument("--data", type=Path, help="default: the data that the run was trained on")
     return parser

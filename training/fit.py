@@ -1,4 +1,4 @@
-"""Train one of the four networks.
+"""Train one of the four networks, or plain20: ResNet-20 without its shortcuts.
 
 Try it on a CPU in a minute, then for real::
 
@@ -15,6 +15,7 @@ in its folder: ``config.json``, ``history.csv``, ``curves.png``, TensorBoard eve
 
 import argparse
 import dataclasses
+import json
 import math
 import os
 import signal
@@ -40,11 +41,15 @@ from training.evaluate import Score, served_accuracy
 from training.hardware import PRECISIONS
 from training.models import ARCHS, count_parameters
 from training.recipes import RECIPES, SMALLEST_IMAGE, Recipe
+from training.records import RESULT, SINGLE, TEN
 from training.run import Config, Row, Run, commit
 from training.trainer import Trainer
 
 LARGEST_IMAGE = 1024
 """Pixels, of ``--image-size``."""
+
+FEW_STEPS = 100
+"""In fewer a network learns little."""
 
 LOSS_EVERY = 20
 """Steps from one reading of the loss to the next."""
@@ -67,6 +72,9 @@ def main(argv: list[str] | None = None) -> int:
     speaks = os.environ.get("RANK", "0") == "0"
     try:
         config, device = _configure(arguments)
+        if arguments.show_recipe:
+            print(json.dumps(dataclasses.asdict(config.recipe), indent=2))
+            return 0
         if device.type == "cpu":
             hardware.keep_freed_memory()
         deadline = None if arguments.time_limit is None else started + arguments.time_limit
@@ -125,6 +133,16 @@ def _fit_from_files(
         answers=answers,
         workers=workers,
     )
+    if workers.first and run.saved is None:
+        if initial is not None and initial.labels != dataset.classes:
+            print("note: its classes are others: the last layer starts anew", file=sys.stderr)
+        if trainer.steps < FEW_STEPS:
+            wanted = math.ceil(FEW_STEPS / trainer.steps_per_epoch)
+            print(
+                f"note: {trainer.steps} steps are few to learn in; --epochs {wanted} makes "
+                f"{wanted * trainer.steps_per_epoch}",
+                file=sys.stderr,
+            )
     history = fit(trainer, run, deadline)
     _finish(dataset, trainer, run, history, initial)
 
@@ -281,16 +299,14 @@ def _finish(
     if not trainer.workers.first:
         return
     served = weights.served().to(trainer.device).to(memory_format=torch.channels_last)
-    scores = {"single centre view": served_accuracy(served, *trainer.val)}
+    scores = {SINGLE: served_accuracy(served, *trainer.val)}
     if recipe.ten_crop:
-        scores["ten crops"] = trainer.view_accuracy(
-            served.network, recipe.final_size, augment.TEN_CROPS
-        )
-    single = scores["single centre view"]
+        scores[TEN] = trainer.view_accuracy(served.network, recipe.final_size, augment.TEN_CROPS)
+    single = scores[SINGLE]
     training = dataclasses.replace(weights.training, val_top1=single.top1, val_top5=single.top5)
     run.save_weights(dataclasses.replace(weights, training=training))
     run.write_json(
-        "result.json",
+        RESULT,
         {
             **{views: _describe(score) for views, score in scores.items()},
             "training_seconds": sum(row["seconds"] for row in history),
@@ -306,8 +322,8 @@ def _finish(
             f"top-5 {100 * score.top5:.2f} %"
         )
     print(
-        f"export it with: python -m training.export {run.folder} -o exported/\n"
-        f"serve it with:  tinyserve classify IMAGES -m exported/{config.arch}.onnx",
+        f"export it with: python -m training.export {run.folder} -o models/\n"
+        f"serve it with:  tinyserve classify IMAGES -m models/{config.arch}.onnx",
         file=sys.stderr,
     )
 
@@ -444,7 +460,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--arch", required=True, metavar="NAME", help=f"one of {', '.join(ARCHS)}")
-    add("--recipe", choices=list(RECIPES), default="modern", help="default: %(default)s")
+    add(
+        "--recipe",
+        choices=list(RECIPES),
+        default="modern",
+        help="modern: made for a GPU (the default); paper: as in the paper, ten epochs; cpu: a few "
+        "epochs on small images",
+    )
     add("--epochs", type=int, help="default: the recipe's, as for the next two")
     add("--batch-size", "-b", type=int)
     add("--lr", type=float, help="peak learning rate at this batch size")
@@ -455,6 +477,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FIELD=JSON",
         help="change any field of the recipe, such as label_smoothing=0 (may be repeated)",
     )
+    add("--show-recipe", action="store_true", help="print the recipe's fields as JSON, and end")
     add("--data", type=Path, help=f"default: {data.DEFAULT_ROOT}, downloaded if it is not there")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto")
     add(

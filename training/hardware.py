@@ -1,9 +1,7 @@
 """The device that a run trains on: which one, in which precision, and what it is called."""
 
 import ctypes
-import os
 import platform
-import resource
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -11,6 +9,7 @@ from typing import Any
 
 import torch
 
+from tinyserve.devices import peak_resident_bytes
 from tinyserve.errors import DeviceError, UsageError
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # of malloc.h
@@ -68,19 +67,11 @@ def name_of(device: torch.device) -> str:
     return f"{torch.get_num_threads()} CPU threads"
 
 
-def peak_memory(device: torch.device) -> int:
-    """Bytes: the most that was allocated on a GPU, or was resident on a CPU."""
+def peak_memory(device: torch.device) -> int | None:
+    """Bytes: the most that was allocated on a GPU, or was resident on a CPU where that is known."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak
-
-
-def cpus() -> int:
-    """How many processors this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    return peak_resident_bytes()
 
 
 def cpu_model() -> str:

@@ -25,7 +25,7 @@ def draw_curves(path: Path, title: str, history: Sequence[dict[str, Any]], recip
             values = [scale * row[f"{split}_{key}"] for row in history]
             axes.plot(epochs, values, marker=marker, markersize=4, label=name)
         axes.legend(frameon=False)
-    loss.set_ylabel("cross-entropy, nats")
+    loss.set_ylabel("loss, nats; on train with all its terms")
     accuracy.set_ylabel("top-1 accuracy, %")
     accuracy.set_ylim(bottom=0)
     done = history[-1]["step"]

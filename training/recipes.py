@@ -96,6 +96,13 @@ class Recipe:
         for name in ("warmup", "momentum", "label_smoothing", "dropout", "ema"):
             if not 0 <= (getattr(self, name) or 0) < 1:
                 raise UsageError(f"{name.replace('_', ' ')} must be at least 0 and below 1")
+        if not self.clip_norm > 0 or not self.distill_temperature > 0:
+            raise UsageError("the clipped norm and the temperature of distilling must be above 0")
+        if self.auxiliary_weight < 0:
+            raise UsageError("the auxiliary heads' weight must be at least 0")
+        for name in ("distill_weight", "mix_until"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UsageError(f"{name.replace('_', ' ')} must be from 0 to 1")
         if not (self.cutmix >= 0 and self.mixup >= 0 and self.cutmix + self.mixup <= 1):
             raise UsageError("the shares of CutMix and MixUp must be from 0 to 1, together, too")
 
@@ -150,9 +157,10 @@ class Recipe:
         return self.auxiliary_weight * (1 - progress if self.auxiliary_fades else 1)
 
     def training_size(self, step: int, steps_per_epoch: int) -> int:
-        """The size of the images that the network is trained on at a step."""
-        progress = step / (self.epochs * steps_per_epoch)
-        return [size for start, size in self.sizes if start <= progress][-1]
+        """The size of the images that the network is trained on at a step; the last is always at
+        the size at which the network is served."""
+        progress = (step + 1) / (self.epochs * steps_per_epoch)
+        return [size for start, size in self.sizes if start < progress][-1]
 
 
 def _fits(value: Any, hint: Any) -> bool:

@@ -5,6 +5,7 @@ A record is a folder with a run's ``config.json``, ``history.csv`` and, once it 
 """
 
 import csv
+import dataclasses
 import json
 import re
 from collections.abc import Iterator
@@ -14,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from tinyserve.errors import CheckpointError, UsageError
-from training.recipes import learning_rate
+from training.data import DEFAULT_ROOT
+from training.recipes import learning_rate, paper
 
 CONFIG, HISTORY, RESULT = "config.json", "history.csv", "result.json"
 
@@ -52,7 +54,10 @@ class Record:
     arch: str
     config: dict[str, Any]
     recipe: dict[str, Any]
-    dataset: str
+    data: str
+    """The name of the data set."""
+    fingerprint: str
+    """Of the data, the first twelve digits."""
     hardware: str
     python: str
     torch: str
@@ -95,10 +100,15 @@ class Record:
 
     @property
     def repeats_paper(self) -> bool:
-        """Whether it is the paper's recipe in full, from scratch, on all training images."""
+        """Whether it is the paper's recipe as it is now, unchanged, from scratch, on all of Tiny
+        ImageNet's training images."""
+        if self.recipe["name"] != "paper" or self.has_own_section:
+            return False
         changed = any(self.config.get(k) for k in ("limit_train", "holdout", "init", "teachers"))
-        full = self.recipe["name"] == "paper" and self.recipe["epochs"] == 10
-        return full and not changed and not self.has_own_section
+        now = dataclasses.asdict(paper(self.arch))
+        now["sizes"] = [tuple(size) for size in now["sizes"]]
+        same = all(now.get(field) == value for field, value in self.recipe.items())
+        return same and not changed and self.data == DEFAULT_ROOT.name
 
     def first_at(self, top1: float) -> tuple[float, float] | None:
         """Seconds of training until an epoch's end with that validation accuracy, and the epoch."""
@@ -181,7 +191,8 @@ def _read_record(folder: Path) -> Record:
             "arch": str(config["arch"]),
             "config": {**config, "seed": config["seed"], "precision": str(config["precision"])},
             "recipe": recipe,
-            "dataset": f"`{dataset['name']}`, fingerprint {dataset['fingerprint'][:12]}",
+            "data": str(dataset["name"]),
+            "fingerprint": dataset["fingerprint"][:12],
             "hardware": _hardware(environment),
             "python": str(environment["python"]),
             "torch": str(environment["torch"]),

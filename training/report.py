@@ -144,11 +144,14 @@ def curves(papers: Sequence[Record], done: Sequence[Record], album: Album) -> It
             ("train-loss", "Training loss", LOSS),
         ):
             yield album.add(f"{name}-{recipe}", f"{title}, recipe {recipe}", runs, panel)
+        yield (
+            "The loss is what is minimised: the cross-entropy with the smoothed labels; for "
+            "inception that of its auxiliary heads, too, with their weight."
+        )
         if taught := [f"`{run.name}`" for run in runs if run.config.get("teachers")]:
             yield (
-                "The loss is the cross-entropy with the smoothed labels; with a teacher it is the "
-                "divergence from the teacher's answers, too, and cannot be compared with the "
-                f"others': {', '.join(taught)}."
+                "With a teacher it has the divergence from the teacher's answers, too, and cannot "
+                f"be compared with the others': {', '.join(taught)}."
             )
 
 
@@ -267,7 +270,6 @@ def method(done: Sequence[Record]) -> Iterator[str]:
     if done:
         yield "\n".join(
             (
-                f"- Data: {'; '.join(sorted({run.dataset for run in done}))}.",
                 f"- {SINGLE.capitalize()}: the centre of each image, once, with the final weights "
                 f"as they are served. {TEN.capitalize()}: the mean of the probabilities of four "
                 "corners, the centre and their mirror images.",
@@ -277,7 +279,8 @@ def method(done: Sequence[Record]) -> Iterator[str]:
                 "- A commit with a + had changed files.",
             )
         )
-        yield _table(done, "run", "n", "views", "hardware", "Python", "PyTorch", "commit")
+        made_with = ("hardware", "Python", "PyTorch", "commit")
+        yield _table(done, "run", "data", "n", "views", *made_with)
 
 
 def _base_name(run: Record, done: Sequence[Record]) -> str:
@@ -321,6 +324,7 @@ CELLS: dict[str, Cell] = {
     "model": lambda run: run.arch,
     "recipe": lambda run: run.recipe["name"],
     "epochs": lambda run: run.length,
+    "data": lambda run: f"`{run.data}`, fingerprint {run.fingerprint}",
     "seed": lambda run: str(run.config["seed"]),
     "precision": lambda run: run.config["precision"],
     "training sizes, px": lambda run: in_words(run.recipe["sizes"]),

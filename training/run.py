@@ -12,14 +12,14 @@ from typing import Any
 
 import torch
 
+from tinyserve.devices import usable_cores
 from tinyserve.errors import UsageError
 from training import checkpoint, hardware
 from training.data import Dataset
 from training.distributed import ALONE, Workers
 from training.plots import draw_curves
 from training.recipes import Recipe
-
-CONFIG = "config.json"
+from training.records import CONFIG, HISTORY
 
 Row = dict[str, Any]
 """One epoch, a row of history.csv."""
@@ -113,7 +113,7 @@ class Run:
         writer = csv.DictWriter(buffer, fieldnames=list(history[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(history)
-        with checkpoint.replacing(self.folder / "history.csv") as partial:
+        with checkpoint.replacing(self.folder / HISTORY) as partial:
             partial.write_text(buffer.getvalue(), encoding="utf-8")
         with checkpoint.replacing(self.folder / "curves.png") as partial:
             draw_curves(partial, title, history, recipe)
@@ -163,6 +163,6 @@ def _environment() -> dict[str, Any]:
         "commit": commit(),
         "machine": platform.machine(),
         "cpu": hardware.cpu_model(),
-        "cpus": hardware.cpus(),
+        "cpus": usable_cores(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }

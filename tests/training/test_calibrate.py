@@ -28,23 +28,30 @@ def test_the_temperature_is_what_the_logits_are_too_large_by(scale):
     assert fit_temperature(logits, labels) == pytest.approx(scale, rel=0.05)
 
 
-def test_it_has_the_least_loss_of_views_that_are_averaged():
+def test_views_that_are_averaged_get_the_likeliest_temperature():
     logits, labels = drawn(2000, 2.0)
     views = torch.cat([logits, logits.roll(1, dims=0)], dim=1)
     best = fit_temperature(views, labels)
 
     def loss(temperature: float) -> float:
         probabilities = (views.double() / temperature).softmax(dim=-1).mean(dim=1)
-        return -probabilities[torch.arange(2000), labels].log().mean().item()
+        surprise = -probabilities[torch.arange(2000), labels].log().sum().item()
+        return surprise + math.log(temperature) ** 2 / (2 * calibrate.PRIOR**2)
 
     assert all(loss(best) <= loss(best * factor) for factor in (0.9, 0.98, 1.02, 1.1))
 
 
 def test_what_is_always_right_or_always_wrong_stays_within_the_range():
-    logits = 10 * torch.eye(5)[:, None]
+    logits, right = 3 * torch.eye(5)[:, None].repeat(10_000, 1, 1), torch.arange(5).repeat(10_000)
     low, high = calibrate.TEMPERATURES
-    assert low <= fit_temperature(logits, torch.arange(5)) < 1
-    assert fit_temperature(logits, torch.arange(5).roll(1)) == pytest.approx(high, rel=1e-3)
+    assert low < fit_temperature(logits, right) < 0.4
+    assert fit_temperature(logits, right.roll(1)) == pytest.approx(high, rel=1e-3)
+
+
+def test_a_few_images_cannot_make_the_answers_extreme():
+    logits, right = 4 * torch.eye(5)[:, None], torch.arange(5)  # 93 % sure
+    assert 0.9 < fit_temperature(logits, right) < 1
+    assert 1 < fit_temperature(logits, right.roll(1)) < 2
 
 
 # Which runs can be calibrated

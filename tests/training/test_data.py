@@ -474,6 +474,11 @@ def one_bare_class(root: Path) -> None:
     (root / "photos-of-me").mkdir()
 
 
+def splits_of_other_names(root: Path) -> None:
+    (root / "train").rename(root / "Training")
+    (root / "val").rename(root / "validation")
+
+
 def no_pictures_in_val(root: Path) -> None:
     for path in (root / "val").rglob("*.jpg"):
         path.unlink()
@@ -496,6 +501,7 @@ def unknown_class(root: Path) -> None:
         (nothing_at_all, "no class folders: wanted train/<class>/"),
         (one_class, "one class folder, amber/: wanted two or more"),
         (one_bare_class, "one class folder, photos-of-me/: wanted two or more"),
+        (splits_of_other_names, "Training, validation, which look like splits"),
         (no_classes, "no class folders"),
         (no_pictures_in_val, "no images in .*val"),
         (no_pictures_in_train, "no images in .*train"),

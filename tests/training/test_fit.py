@@ -120,8 +120,8 @@ def test_the_result_is_in_the_file_the_weights_and_the_words(finished, history):
 @pytest.mark.slow
 def test_a_finished_run_ends_with_what_to_do_next(finished):
     assert finished.stderr.splitlines()[-2:] == [
-        f"export it with: python -m training.export {finished.folder} -o exported/",
-        "serve it with:  tinyserve classify IMAGES -m exported/inception.onnx",
+        f"export it with: python -m training.export {finished.folder} -o models/",
+        "serve it with:  tinyserve classify IMAGES -m models/inception.onnx",
     ]
 
 
@@ -567,9 +567,10 @@ def test_bare_class_folders_are_enough_to_train(bare, tmp_path, capsys):
     assert fit_here(run, bare, "--arch inception --recipe cpu --epochs 1 -b 4") == 0
     said = capsys.readouterr().err.splitlines()
     assert said[0].endswith("has no val/: 2 of 15 training images are held out for validation")
+    assert "note: 3 steps are few to learn in; --epochs 34 makes 102" in said
     assert said[-2:] == [
-        f"export it with: python -m training.export {run} -o exported/",
-        "serve it with:  tinyserve classify IMAGES -m exported/inception.onnx",
+        f"export it with: python -m training.export {run} -o models/",
+        "serve it with:  tinyserve classify IMAGES -m models/inception.onnx",
     ]
     training = checkpoint.load_weights(run).training
     assert training.dataset == "bare, 2 held out of train"
@@ -614,6 +615,15 @@ def test_shipped_weights_have_no_auxiliary_heads_and_round_to_half(finished):
 
 
 @pytest.mark.slow
+def test_a_recipe_can_be_seen_before_it_is_run(tmp_path, capsys):
+    asked = "--arch alexnet --recipe cpu --set dropout=0.3 --epochs 7 --show-recipe"
+    assert fit_here(tmp_path / "run", tmp_path / "nowhere", asked) == 0
+    shown = json.loads(capsys.readouterr().out)
+    expected = dataclasses.replace(RECIPES["cpu"]("alexnet"), dropout=0.3, epochs=7)
+    assert shown == json.loads(json.dumps(dataclasses.asdict(expected)))
+    assert not (tmp_path / "run").exists()
+
+
 def test_an_unknown_architecture_is_refused_with_those_known(run_module, tmp_path):
     result = run_module("training.fit", "--arch", "vgg", "--out", tmp_path / "run")
     assert result.returncode == 2

@@ -134,11 +134,27 @@ def test_int8_must_keep_the_accuracy_and_be_faster(model, network, dataset, monk
         )
         with pytest.raises(GateError, match="not faster"):
             gate_of(network, dataset).check(model, "int8")
-    # Here the network that it is compared with is better.
+    # Here the network that it is compared with is better: by all 45 images, for 18 are too few.
     better = gate_of(network, dataset)
-    better._fp32_correct = 18
-    with pytest.raises(GateError, match="points below fp32"):
+    better._fp32_correct = 45
+    with pytest.raises(GateError, match="points below fp32 on 45 images"):
         better.check(model, "int8")
+
+
+def test_a_small_validation_split_does_not_judge_alone(model, network, dataset, monkeypatch):
+    monkeypatch.setattr(gate.Gate, "_speed_ratio", lambda *_: 1.7)
+    monkeypatch.setitem(gate.BOUNDS, "int8", gate.Bounds(accuracy_loss=0.03, golden_tolerance=1))
+    with torch.inference_mode():
+        pictures = np.concatenate([dataset.val.images, dataset.train.images])
+        answers = network(torch.from_numpy(pictures)).argmax(dim=1).numpy()
+    right = int((answers == np.concatenate([dataset.val.labels, dataset.train.labels])).sum())
+    one_better = gate_of(network, dataset)
+    one_better._fp32_correct = right + 1  # one of 45, and of 18 it would be too many
+    one_better.check(model, "int8")
+    two_better = gate_of(network, dataset)
+    two_better._fp32_correct = right + 2
+    with pytest.raises(GateError, match="points below fp32"):
+        two_better.check(model, "int8")
 
 
 def test_the_pictures_are_spread_over_the_validation_split(network, dataset, monkeypatch):

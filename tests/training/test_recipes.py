@@ -62,6 +62,12 @@ def test_the_training_size_switches_at_its_share_of_all_steps():
     assert sizes == [24] * 10 + [32] * 9 + [48]
 
 
+def test_however_short_a_run_it_ends_at_the_size_that_is_served():
+    recipe = dataclasses.replace(RECIPES["cpu"]("resnet20"), epochs=1)
+    for steps in range(1, 9):
+        assert recipe.training_size(steps - 1, steps) == recipe.final_size
+
+
 @pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_is_one_for_every_architecture(name, arch):
@@ -279,6 +285,12 @@ INVALID = {
     "more MixUp than batches": {"cutmix": 0.0, "mixup": 1.1},
     "more of both than batches": {"cutmix": 0.6, "mixup": 0.6},
     "a share not a number": {"mixup": math.nan},
+    "gradients clipped to nothing": {"clip_norm": 0.0},
+    "gradients turned round": {"clip_norm": -1.0},
+    "no temperature": {"distill_temperature": 0.0},
+    "more distilling than all": {"distill_weight": 5.0},
+    "a negative weight": {"auxiliary_weight": -1.0},
+    "mixing that ends before it begins": {"mix_until": -3.0},
 }
 
 

@@ -14,13 +14,20 @@ def add_to(commands: Commands) -> None:
     command.set_defaults(command=triton)
     add = command.add_argument
     add("output", metavar="OUT", help="folder of the repository")
-    add("-m", "--model", required=True, help="names or .onnx files, separated by commas")
+    add(
+        "-m",
+        "--model",
+        action="append",
+        required=True,
+        help="name or .onnx file, or several with commas (may be repeated)",
+    )
 
 
 def triton(arguments: argparse.Namespace) -> int:
     from tinyserve.triton import write_repository
 
-    models = {model_name(name): model_file(name) for name in arguments.model.split(",")}
+    names = [name for names in arguments.model for name in names.split(",")]
+    models = {model_name(name): model_file(name) for name in names}
     for folder in write_repository(Path(arguments.output), models):
         print(folder)
     print(
