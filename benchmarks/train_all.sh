@@ -100,8 +100,9 @@ ablation() {
 
 for group in "${groups[@]}"; do
     case $group in
-        modern | paper | precision | ablation) "$group" ;;
+        modern | paper | precision | ablation) ;;
         *) echo "unknown group $group: modern, paper, precision or ablation" >&2; exit 2 ;;
     esac
 done
 [ "${#groups[@]}" -gt 0 ] || { echo "name groups of runs: modern, paper, precision, ablation" >&2; exit 2; }
+for group in "${groups[@]}"; do "$group"; done

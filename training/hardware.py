@@ -22,6 +22,8 @@ def device(name: str) -> torch.device:
 
     Raises :class:`~tinyserve.errors.DeviceError` for a GPU that cannot be used.
     """
+    # Convolutions on a GPU would be in TF32 otherwise, where fp32 is said.
+    torch.backends.cudnn.allow_tf32 = False
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name == "cuda" and not torch.cuda.is_available():

@@ -445,6 +445,20 @@ def test_a_run_from_weights_is_ahead_of_one_from_scratch_and_says_so(
     assert config["config"]["init"] == f"{finished.folder.name} {digest}"
 
 
+@pytest.mark.slow
+def test_weights_of_other_classes_lose_their_last_layer_and_that_is_said(
+    finished, bare, tmp_path, capsys
+):
+    words = "note: its classes are others: the last layer starts anew\n"
+    arguments = "--arch inception --recipe cpu --epochs 1 -b 4 --limit-train 4"
+    arguments += f" --init {finished.folder}"
+    assert fit_here(tmp_path / "same", bare, arguments) == 0
+    assert words not in capsys.readouterr().err
+    (bare / "violet").rename(bare / "purple")
+    assert fit_here(tmp_path / "others", bare, arguments) == 0
+    assert words in capsys.readouterr().err
+
+
 # Teachers
 
 
