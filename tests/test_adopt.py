@@ -127,6 +127,28 @@ def test_softmax_is_added_only_where_it_is_missing(labels, tmp_path, softmax):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("softmax", [True, False])
+def test_answers_in_half_precision_are_taken(labels, tmp_path, softmax):
+    class Half(Tiny):
+        def forward(self, x):
+            return super().forward(x).half()
+
+    source = export(Half(softmax=softmax), tmp_path / "half.onnx", 32)
+    output = tmp_path / "out.onnx"
+    assert adopt(source, output, labels, size=32) == 0
+    rows = Classifier(str(output), device="cpu").engine.run(made_up_images(3, 32))
+    assert rows.dtype == np.float32
+    assert np.allclose(rows.sum(axis=1), 1, atol=1e-3)
+
+
+def test_a_deviation_of_nothing_is_refused(labels, tmp_path, capsys):
+    with pytest.raises(SystemExit) as caught:
+        adopt(tmp_path / "x.onnx", tmp_path / "out.onnx", labels, "--std", "0,1,1", size=32)
+    assert caught.value.code == 2
+    assert "must be above 0" in capsys.readouterr().err
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "code", "words"),
     [
@@ -161,7 +183,8 @@ def test_what_cannot_be_adopted_is_one_line(labels, tmp_path, capsys, change, co
 
 def test_labels_are_names_with_or_without_a_wordnet_id(tmp_path):
     path = tmp_path / "labels.txt"
-    path.write_text("n01443537 goldfish\nn02099601\tgolden retriever\nteddy bear\nnails\n")
+    lines = "n01443537  goldfish\nn02099601\tgolden retriever\nteddy bear\nnails\n"
+    path.write_text(lines, encoding="utf-8-sig")  # as Windows writes it
     assert read_labels(path) == [
         Label("n01443537", "goldfish"),
         Label("n02099601", "golden retriever"),

@@ -6,9 +6,11 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from tinyserve import bench
 from tinyserve.modelfile import find_model
 
 
@@ -27,6 +29,25 @@ def tinyserve(tmp_path):
 @pytest.fixture
 def model(tmp_path) -> Path:
     return Path(shutil.copy(find_model("baseline", ("int8",)), tmp_path / "mine.onnx"))
+
+
+@pytest.mark.parametrize("streams", [1, 3])
+def test_all_images_that_were_begun_count(monkeypatch, streams):
+    now = 0.0
+
+    def classify_many(paths, batch_size):
+        """The streams are as fast as one, a tenth of a second a batch, and give nothing earlier."""
+        nonlocal now
+        done = []
+        for path in paths:
+            done.append(path)
+            if len(done) % batch_size == 0:
+                now += 0.1
+        yield from done
+
+    monkeypatch.setattr(bench.time, "perf_counter", lambda: now)
+    stub = SimpleNamespace(engine=SimpleNamespace(streams=streams), classify_many=classify_many)
+    assert bench._files(stub, ["a", "b", "c"], 4, seconds=1.05) == pytest.approx(40)
 
 
 @pytest.mark.slow
@@ -63,6 +84,13 @@ def test_the_table_marks_the_fastest_of_each_file(tinyserve, model):
     assert [row.split()[0] for row in rows] == ["mine", "mine"]
     assert sum("*" in row for row in rows) == 1
     assert legend.startswith("images/s")
+
+
+def test_without_models_there_is_nothing_to_keep(tinyserve, tmp_path, monkeypatch):
+    monkeypatch.setenv("TINYSERVE_MODELS", str(tmp_path))
+    run = tinyserve("bench")
+    assert (run.returncode, run.stdout) == (1, "")
+    assert "no model files are installed" in run.stderr
 
 
 def test_a_model_that_cannot_be_measured_is_one_line(tinyserve, tmp_path):

@@ -249,6 +249,31 @@ def test_a_closed_stdout_is_no_traceback():
     assert (run.returncode, run.stderr) == (0, "")
 
 
+def test_a_closed_stderr_loses_no_rows(samples):
+    command = f"exec {shlex.quote(sys.executable)} -m tinyserve.cli classify {samples}/goldfish"
+    run = subprocess.run(
+        ["sh", "-c", f"{command} --format jsonl 2>&-"], stdout=subprocess.PIPE, timeout=120
+    )
+    assert run.returncode == 0
+    assert [json.loads(row)["status"] for row in run.stdout.splitlines()] == ["ok", "ok"]
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
+def test_a_full_disk_behind_stdout_is_one_line():
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "tinyserve.cli", "labels", "resnet20"]
+        run = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=120)
+    assert run.returncode == 1
+    assert run.stderr == "tinyserve: No space left on device\n"
+
+
+def test_a_summary_that_cannot_be_written_is_refused_before_the_work(samples, tmp_path):
+    run = tinyserve("classify", samples, "--summary", tmp_path / "nowhere" / "s.json")
+    assert (run.returncode, run.stdout) == (1, "")
+    assert "there is no such folder" in run.stderr
+    assert_one_line_and_no_traceback(run)
+
+
 def test_models_goes_on_past_a_broken_one(tmp_path):
     (tmp_path / "broken.onnx").write_text("no model")
     (tmp_path / "inception.onnx").symlink_to(find_model("inception"))

@@ -63,6 +63,12 @@ def test_mcnemar_is_the_binomial_test(a, b):
     assert comparison.mcnemar(a, b) == comparison.mcnemar(b, a)
 
 
+def test_mcnemar_of_a_large_table_is_as_the_normal_distribution_has_it():
+    a, b = 14_600, 15_000
+    corrected = (abs(a - b) - 1) / math.sqrt(a + b)
+    assert comparison.mcnemar(a, b) == pytest.approx(math.erfc(corrected / math.sqrt(2)), rel=1e-3)
+
+
 def test_mcnemar_of_a_known_table():
     # 2 * (1 + 10 + 45) / 2^10
     assert comparison.mcnemar(2, 8) == pytest.approx(0.109375)

@@ -76,9 +76,9 @@ def test_only_uploads_are_opened(answers, tmp_path, name):
 
 
 @pytest.mark.usefixtures("upload")
-@pytest.mark.parametrize("name", ["", "*/*.jpg"])
-def test_a_folder_of_uploads_is_no_upload(answers, tmp_path, name):
-    with pytest.raises(ImageError, match="not uploaded"):
+@pytest.mark.parametrize(("name", "words"), [("", "not uploaded"), ("*/*.jpg", "is not here")])
+def test_a_folder_of_uploads_is_no_upload(answers, tmp_path, name, words):
+    with pytest.raises(ImageError, match=words):
         answers.inputs([{"path": f"{tmp_path}/uploads/{name}"}])
 
 
@@ -99,7 +99,15 @@ def test_of_archives_only_zip_is_taken(answers, tmp_path):
 def test_inputs_have_the_names_that_their_owner_knows(answers, upload):
     (found,) = answers.inputs([upload])
     assert found.path == "fish.jpg"
+    assert found.version == ""
     assert found.read() == Path(upload["path"]).read_bytes()
+
+
+def test_an_upload_says_nothing_of_a_file_of_its_name_here(answers, upload, tmp_path, monkeypatch):
+    (tmp_path / "fish.jpg").write_text("a file of the server's")
+    monkeypatch.chdir(tmp_path)
+    (result,) = answers.classifier("baseline").classify_many(answers.inputs([upload]))
+    assert (result.input.path, result.version, result.error) == ("fish.jpg", "", None)
 
 
 @pytest.mark.parametrize("size", [64, 100])

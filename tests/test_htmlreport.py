@@ -12,8 +12,12 @@ from html.parser import HTMLParser
 from pathlib import Path
 from random import Random
 
+import numpy as np
 import pytest
+import simplejpeg
 
+from tinyserve import images
+from tinyserve.archives import Member
 from tinyserve.classifier import Classifier, Prediction, Result
 from tinyserve.dataset import Input, find_inputs
 from tinyserve.engine import read_card
@@ -323,7 +327,7 @@ def test_names_are_text_and_never_markup(samples, card, tmp_path):
     assert {str(folder / name) for name in names} <= titles
 
 
-def test_a_picture_that_vanished_is_said_to_be_unreadable(card, samples, tmp_path):
+def test_a_picture_that_vanished_or_is_damaged_is_said_to_be(card, samples, tmp_path):
     real = str(samples / "teapot" / "val_59.JPEG")
     results = [
         made_result(card, real, 1, 0, 0.9),
@@ -331,7 +335,33 @@ def test_a_picture_that_vanished_is_said_to_be_unreadable(card, samples, tmp_pat
     ]
     found = Document(page(made_report(card, results)))
     assert len(found.all("img")) == 2  # among the confusions and among the mistakes
-    assert found.text.count("cannot be read") == 2
+    assert found.text.count("not at hand any more") == 2
+    (tmp_path / "gone.jpg").write_text("no picture")
+    assert Document(page(made_report(card, results))).text.count("cannot be read") == 2
+
+
+@pytest.mark.slow
+def test_large_pictures_that_are_in_memory_are_kept_small(card):
+    noise = np.random.default_rng(0).integers(0, 256, (500, 700, 3), np.uint8)
+    file = simplejpeg.encode_jpeg(noise, quality=95)
+    assert len(file) > 400_000
+    results = []
+    for number in range(200):  # 200 pairs of classes, each of which keeps an example
+        result = made_result(card, f"a.tar/{number}.jpg", number, 0, number / 200)
+        data = bytearray(file)  # a copy for each
+        member = Member(result.input.path, None, lambda data=data: bytes(data), len(data))
+        results.append(
+            dataclasses.replace(result, input=dataclasses.replace(result.input, member=member))
+        )
+    report = made_report(card, results)
+    kept = [*report.mistakes, *report.least_certain]
+    kept_inputs = [example.input for example in kept if example.correct is False]
+    kept_inputs += [item for confusion in report.confusions for item in confusion.examples]
+    assert len(kept_inputs) > 60
+    assert max(item.in_memory for item in kept_inputs) < 40_000
+    sizes = {images.decode(item.read()).shape for item in kept_inputs}
+    assert sizes == {(69, 96, 3)}
+    assert len(Document(page(report)).all("img")) >= 40
 
 
 def test_a_name_that_is_not_utf8_can_be_written(card, tmp_path):

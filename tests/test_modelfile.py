@@ -135,6 +135,7 @@ def test_a_file_is_the_graph_and_then_the_card(tmp_path):
     assert card == dataclasses.replace(
         CARD, graph_bytes=len(graph), graph_sha256=hashlib.sha256(graph).hexdigest()
     )
+    check_graph(path, card)
     model = onnx.load(path)
     (entry,) = model.metadata_props
     assert entry.key == METADATA_KEY
@@ -143,6 +144,12 @@ def test_a_file_is_the_graph_and_then_the_card(tmp_path):
     path.write_bytes(path.read_bytes().replace(b"Relu", b"Tanh"))
     with pytest.raises(GateError, match="graph was changed"):
         check_graph(path, card)
+    whole = path.read_bytes()
+    doc_string = b"\x32\x01x"  # field 6 of the model, one letter
+    for changed_file in (doc_string + whole, graph + doc_string, whole + doc_string, whole[:-1]):
+        path.write_bytes(changed_file)
+        with pytest.raises(GateError, match="changed after it was exported"):
+            check_graph(path, card)
 
 
 @pytest.mark.parametrize(

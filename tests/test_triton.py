@@ -60,6 +60,13 @@ def test_what_is_there_is_not_overwritten(repository, capsys):
     assert {path: path.stat().st_mtime_ns for path in repository.rglob("*")} == before
 
 
+def test_of_two_models_of_one_name_none_is_lost(tmp_path, capsys):
+    model = str(find_model("inception"))
+    assert main(["triton", str(tmp_path / "models"), "-m", f"{model},{model}"]) == 2
+    assert "two models of one name" in capsys.readouterr().err
+    assert not (tmp_path / "models").exists()
+
+
 def test_an_unknown_model_writes_nothing(tmp_path, capsys):
     assert main(["triton", str(tmp_path / "models"), "-m", "inception,vgg"]) == 1
     assert "vgg" in capsys.readouterr().err

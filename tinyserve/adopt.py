@@ -111,16 +111,17 @@ def read_labels(path: Path) -> list[Label]:
     """Classes from a text file, one a line in the order of the output: a name, or a WordNet id, a
     space or tab, and a name."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"cannot read labels from {path}: {error}") from error
     found = []
     for number, line in enumerate(lines, start=1):
-        first, _, rest = line.strip().replace("\t", " ").partition(" ")
-        if not first:
+        if not line.strip():
             raise UsageError(f"{path}: line {number} is empty")
+        first, *rest = line.split(maxsplit=1)
         is_wnid = len(first) == 9 and first[0] == "n" and first[1:].isdecimal()
-        found.append(Label(first, rest or first) if is_wnid else Label(None, line.strip()))
+        name = rest[0].strip() if rest else first
+        found.append(Label(first, name) if is_wnid else Label(None, line.strip()))
     return found
 
 
@@ -265,8 +266,11 @@ def _wrapped(
         node("Transpose", ["normalised"], [taken.name], perm=[0, 3, 1, 2]),
     ]
     kind = "Softmax" if softmax else "Identity"
-    after = node(kind, [given.name], [OUTPUT_NAME], **({"axis": 1} if softmax else {}))
-    nodes = [*before, *graph.node, after]
+    after = [
+        node("Cast", [given.name], ["answers"], to=floats),  # some give half precision
+        node(kind, ["answers"], [OUTPUT_NAME], **({"axis": 1} if softmax else {})),
+    ]
+    nodes = [*before, *graph.node, *after]
     weights = [value for value in graph.input if value.name != taken.name]
     for field in ("node", "input", "output"):
         graph.ClearField(field)

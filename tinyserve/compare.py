@@ -1,6 +1,5 @@
 """Two models on the same images: which one is right more often, and which one is faster."""
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -123,5 +122,8 @@ def compare(
 def mcnemar(only_a: int, only_b: int) -> float:
     """Two-sided p-value of McNemar's exact test: the binomial test of ``only_a`` among both."""
     trials = only_a + only_b
-    tail = sum(math.comb(trials, k) for k in range(min(only_a, only_b) + 1))
+    tail, term = 0, 1
+    for k in range(min(only_a, only_b) + 1):
+        tail += term
+        term = term * (trials - k) // (k + 1)  # how many ways to choose k + 1
     return min(1.0, float(2 * tail / 2**trials)) if trials else 1.0

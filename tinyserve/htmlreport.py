@@ -9,20 +9,23 @@ from html import escape
 from pathlib import Path
 from string import Template
 
-from PIL import Image
-
 from tinyserve import images
 from tinyserve.dataset import Input
 from tinyserve.devices import device_name
 from tinyserve.errors import ImageError, OutputError
 from tinyserve.modelfile import candidate
-from tinyserve.statistics import ClassRow, Confusion, Example, HistogramBin, ReliabilityBin, Report
+from tinyserve.statistics import (
+    PICTURE_SIZE,
+    ClassRow,
+    Confusion,
+    Example,
+    HistogramBin,
+    ReliabilityBin,
+    Report,
+)
 
 PAGE = "index.html"
 FIGURES = "report.json"
-PICTURE_SIZE = 96
-"""Longer side of a picture on the page, in pixels."""
-
 _TEMPLATE = Path(__file__).with_name("report.html")
 
 
@@ -356,10 +359,11 @@ def _picture(item: Input, described: str) -> str:
     """The picture in the page itself; where it cannot be read any more, a place that says so."""
     path = escape(item.path)
     try:
-        picture = Image.fromarray(images.decode(item.read()))
+        picture = images.thumbnail(item.read(), PICTURE_SIZE)
     except ImageError:
-        return f'<span class="gone" title="{path}">cannot be read</span>'
-    picture.thumbnail((PICTURE_SIZE, PICTURE_SIZE))
+        # Of an archive or a URI, an earlier run's row has the name alone.
+        why = "cannot be read" if os.path.exists(item.path) else "not at hand any more"
+        return f'<span class="gone" title="{path}">{why}</span>'
     buffer = io.BytesIO()
     picture.save(buffer, "JPEG", quality=85)
     data = base64.b64encode(buffer.getvalue()).decode()

@@ -170,6 +170,16 @@ def decode(data: bytes, *, at_least: int | None = None) -> NDArray[np.uint8]:
     return _decode_with_pillow(data)
 
 
+def thumbnail(data: bytes, side: int) -> Image.Image:
+    """The image in a file, RGB, shrunk where its longer side has more than ``side`` pixels.
+
+    Raises :class:`~tinyserve.errors.ImageError` as :func:`decode` does.
+    """
+    picture = Image.fromarray(decode(data, at_least=side))
+    picture.thumbnail((side, side))
+    return picture
+
+
 def resize(image: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
     """Shorter side to ``size`` with antialiasing, then the centre: uint8 ``(size, size, 3)``.
 

@@ -316,7 +316,11 @@ def check_graph(path: Path, card: ModelCard) -> None:
         graph = memoryview(content)[: card.graph_bytes]
         digest = hashlib.sha256(graph).hexdigest()
         graph.release()
-    if digest != card.graph_sha256:
+        rest = content[card.graph_bytes :]
+    # More fields behind the card would be read as the graph's.
+    number, start = _varint_at(rest, 1)
+    alone = rest[:1] == _field(_METADATA_PROPS, b"")[:1] and start + number == len(rest)
+    if digest != card.graph_sha256 or not alone:
         raise GateError(f"{path}: its graph was changed after it was exported")
 
 
@@ -332,6 +336,18 @@ def _varint(number: int) -> bytes:
         number >>= 7
     encoded.append(number)
     return bytes(encoded)
+
+
+def _varint_at(content: bytes, place: int) -> tuple[int, int]:
+    """A number, and where it ends."""
+    number = shift = 0
+    while place < len(content):
+        number |= (content[place] & 0x7F) << shift
+        shift += 7
+        place += 1
+        if content[place - 1] <= 0x7F:
+            break
+    return number, place
 
 
 def search_folders() -> list[Path]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import heapq
+import io
 import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -9,14 +10,18 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
+from tinyserve import images
 from tinyserve.classifier import Result
 from tinyserve.dataset import Input
+from tinyserve.errors import ImageError
 from tinyserve.modelfile import ModelCard
 from tinyserve.report import Summary, wilson_interval
 
 RELIABILITY_BINS = 15
 HISTOGRAM_BINS = 20
 CONFUSIONS = 20
+PICTURE_SIZE = 96
+"""Longer side of a picture in a report, in pixels."""
 EXAMPLES = 3
 """Pictures of each confusion."""
 GALLERY = 24
@@ -24,6 +29,8 @@ GALLERY = 24
 FAILURES = 50
 
 _PAIRS_WITH_EXAMPLES = 2000
+_LIGHT = 2**16
+"""Bytes of a picture that may stay as they are."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -246,7 +253,7 @@ class Statistics:
     def _keep_example(self, pair: tuple[int, int], item: Input) -> None:
         kept = self._examples.setdefault(pair, [])
         if len(kept) < EXAMPLES:
-            kept.append(item)
+            kept.append(_light(item))
         if len(self._examples) > _PAIRS_WITH_EXAMPLES:  # the rarer half cannot matter in the end
             common = heapq.nlargest(
                 _PAIRS_WITH_EXAMPLES // 2, self._examples, key=self._pairs.__getitem__
@@ -312,6 +319,20 @@ class Statistics:
         )
 
 
+def _light(item: Input) -> Input:
+    """An input that holds no more of its image than a report shows."""
+    if item.member is None or item.in_memory <= _LIGHT:
+        return item
+    buffer = io.BytesIO()
+    try:
+        images.thumbnail(item.read(), PICTURE_SIZE).save(buffer, "PNG")
+    except ImageError:
+        return item
+    data = buffer.getvalue()
+    member = dataclasses.replace(item.member, read=lambda: data, in_memory=len(data))
+    return dataclasses.replace(item, member=member)
+
+
 class _Largest:
     """The results with the largest scores, the first ones of equals."""
 
@@ -322,7 +343,10 @@ class _Largest:
 
     def add(self, score: float, result: Result) -> None:
         self._added += 1
-        entry = (score, -self._added, result)
+        order = (score, -self._added)
+        if len(self._heap) == self._count and order < self._heap[0][:2]:
+            return
+        entry = (*order, dataclasses.replace(result, input=_light(result.input)))
         if len(self._heap) < self._count:
             heapq.heappush(self._heap, entry)
         else:

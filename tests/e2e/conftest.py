@@ -54,6 +54,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
             yield dataclasses.replace(found, start_errors=found.stderr.read_text())
         finally:
             app.terminate()
+            code = app.wait(60)
+    left = [path.name for path in (folder / "uploads").rglob("*.jpg") if path.is_file()]
+    assert (code, left) == (0, [])  # it ends as with Ctrl-C, and keeps nobody's pictures
 
 
 @pytest.fixture(scope="module")

@@ -334,7 +334,7 @@ from tinyserve import Classifier
 from tinyserve.demo import build_page, options
 app = fastapi.FastAPI()
 load = functools.cache(functools.partial(Classifier, device="cpu"))
-page = build_page("baseline", load)
+page = build_page(["baseline"], load)
 import gradio
 gradio.mount_gradio_app(app, page, "/ui", **options())
 with fastapi.testclient.TestClient(app) as client:

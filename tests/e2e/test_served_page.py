@@ -10,6 +10,7 @@ import pytest
 from serving import SECONDS, running
 
 from tinyserve import Classifier
+from tinyserve.modelfile import find_model
 from tinyserve.server import Limits
 
 pytest.importorskip("gradio")
@@ -45,6 +46,17 @@ def test_the_same_picture_has_the_same_answer_everywhere(server, samples):
     for predictions in (posted, page["predictions"]):
         found = [prediction["probability"] for prediction in predictions]
         assert found == pytest.approx(expected, abs=1e-6)
+
+
+def test_the_page_offers_what_is_served_and_what_is_installed(tmp_path):
+    from gradio_client import Client
+
+    mine = tmp_path / "mine.onnx"
+    mine.symlink_to(find_model("inception"))
+    with running("resnet20", str(mine), ui=True) as server:
+        client = Client(f"http://127.0.0.1:{server.port}", verbose=False)
+        offered = set(client.predict(api_name="/models"))
+    assert offered == {"baseline", "alexnet", "inception", "resnet20", "mine"}
 
 
 def test_browsers_have_no_keys(tmp_path):

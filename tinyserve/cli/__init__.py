@@ -14,14 +14,15 @@ import sys
 from collections.abc import Sequence
 
 from tinyserve.cli import adopt, bench, checks, classify, doctor, models, serve, triton
-from tinyserve.errors import TinyserveError
+from tinyserve.errors import TinyserveError, describe_os_error
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     logging.basicConfig(format="tinyserve: %(message)s", level=logging.WARNING, force=True)
-    if sys.stdout is None:  # closed before the start: >&-
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # until the end
+    # Closed before the start, by >&-, a stream is None; these are for as long as the process.
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         # File names need not be valid in the terminal's encoding, and printing must not fail.
         if hasattr(stream, "reconfigure"):
@@ -35,6 +36,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return error.exit_code
     except BrokenPipeError:  # the reader, `head` for one, has seen enough
         return 0
+    except OSError as error:  # a full disk behind stdout, for one
+        print(f"tinyserve: {describe_os_error(error)}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("tinyserve: interrupted", file=sys.stderr)
         return 130

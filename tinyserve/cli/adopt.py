@@ -19,7 +19,7 @@ def add_to(commands: Commands) -> None:
     add("source", metavar="MODEL.onnx")
     add("--labels", metavar="FILE", required=True, help="a class a line, in the output's order")
     add("--mean", type=_three_numbers, required=True, help="R,G,B in units of 0..1")
-    add("--std", type=_three_numbers, required=True, help="R,G,B in units of 0..1")
+    add("--std", type=_three_deviations, required=True, help="R,G,B in units of 0..1")
     add("--size", type=count, required=True, help="side of the images, in pixels")
     add("-o", "--output", metavar="OUT.onnx", required=True)
 
@@ -51,4 +51,11 @@ def _three_numbers(text: str) -> list[float]:
     numbers = [float(part) for part in text.split(",")]
     if len(numbers) != 3:
         raise argparse.ArgumentTypeError("must be three numbers, separated by commas")
+    return numbers
+
+
+def _three_deviations(text: str) -> list[float]:
+    numbers = _three_numbers(text)
+    if min(numbers) <= 0:
+        raise argparse.ArgumentTypeError("must be above 0")
     return numbers

@@ -10,6 +10,7 @@ from tinyserve.classifier import model_file
 from tinyserve.cli.arguments import Commands, add_json, count, model_name, positive
 from tinyserve.cli.terminal import print_columns
 from tinyserve.devices import DEVICES, default_threads, device_name
+from tinyserve.errors import ModelFileError
 from tinyserve.modelfile import installed_models
 
 if TYPE_CHECKING:
@@ -59,6 +60,8 @@ def bench(arguments: argparse.Namespace) -> int:
     from tinyserve import bench as bench_module
 
     files = [model_file(name) for name in arguments.model or installed_models()]
+    if not files:
+        raise ModelFileError("no model files are installed: name one with -m")
     workers = arguments.workers or sorted({1, default_threads()})
     found = []
     seconds = arguments.seconds

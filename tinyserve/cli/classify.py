@@ -104,6 +104,9 @@ def add_to(commands: Commands) -> None:
 
 
 def classify(arguments: argparse.Namespace) -> int:
+    # Before the work, not after it.
+    if arguments.summary and not os.path.isdir(os.path.dirname(arguments.summary) or "."):
+        raise OutputError(f"cannot write {arguments.summary}: there is no such folder")
     if arguments.ray is not None:
         return _classify_with_ray(arguments)
     output = arguments.output
@@ -178,9 +181,10 @@ def classify(arguments: argparse.Namespace) -> int:
         kept=kept,
         min_confidence=threshold,
     )
-    code = _conclude(arguments, summary)
     if arguments.report is not None:
         htmlreport.write_report(arguments.report, figures.report(summary, arguments.paths))
+    code = _conclude(arguments, summary)
+    if arguments.report is not None:
         print(f"report: {arguments.report / htmlreport.PAGE}", file=sys.stderr)
     return code
 
@@ -291,10 +295,11 @@ def _settings(arguments: argparse.Namespace) -> _Settings:
 
 def _summary_lines(summary: Summary) -> Iterator[str]:
     images = "image" if summary.inputs == 1 else "images"
+    devices = ", ".join(map(device_name, summary.provider.split(", ")))  # of many machines
     kept = f", {summary.kept:,} of them done before" if summary.kept else ""
     yield (
         f"{summary.inputs:,} {images}{kept}, {summary.failed:,} failed; {summary.model} "
-        f"({summary.precision}) on {device_name(summary.provider)}, "
+        f"({summary.precision}) on {devices}, "
         f"{summary.seconds:.1f} s, {summary.images_per_second:,.0f} images/s"
     )
     if summary.top1 is not None and summary.top1_ci95 is not None and summary.top5 is not None:
@@ -306,7 +311,7 @@ def _summary_lines(summary: Summary) -> Iterator[str]:
         )
     if summary.min_confidence is not None and summary.coverage is not None:
         line = (
-            f"decided at {summary.min_confidence:.2f} or more: {summary.ok:,}, "
+            f"decided at {summary.min_confidence:g} or more: {summary.ok:,}, "
             f"{100 * summary.coverage:.2f} %; {summary.unknown:,} unknown"
         )
         if summary.decided_top1 is not None and summary.decided_top1_ci95 is not None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from tinyserve.classifier import model_file
 from tinyserve.cli.arguments import Commands, model_name
+from tinyserve.errors import UsageError
 
 
 def add_to(commands: Commands) -> None:
@@ -28,6 +29,8 @@ def triton(arguments: argparse.Namespace) -> int:
 
     names = [name for names in arguments.model for name in names.split(",")]
     models = {model_name(name): model_file(name) for name in names}
+    if len(models) < len(names):
+        raise UsageError("two models of one name")
     for folder in write_repository(Path(arguments.output), models):
         print(folder)
     print(

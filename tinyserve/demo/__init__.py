@@ -8,6 +8,7 @@ other machine.
 import argparse
 import functools
 import logging
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -24,6 +25,7 @@ __all__ = ["build_page", "main", "options"]
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
     try:
         serve(arguments.host, arguments.port, arguments.model, arguments.device)
     except TinyserveError as error:
@@ -48,7 +50,7 @@ def serve(host: str, port: int, model: str, device_wanted: str | None) -> None:
     # The line below and the page say why the CPU runs; the logger need not say it too.
     logging.getLogger("tinyserve").setLevel(logging.ERROR)
     runs_on = device(load(model))
-    page = build_page(model, load)
+    page = build_page([model], load)
     try:
         _, url, _ = page.launch(
             server_name=host,
@@ -61,14 +63,24 @@ def serve(host: str, port: int, model: str, device_wanted: str | None) -> None:
     except OSError as error:
         raise UsageError(f"cannot listen on {host} port {port}; is it taken?") from error
     print(f"{url}\n{model} on {runs_on}", flush=True)
-    while True:
-        time.sleep(3600)
+    try:
+        while True:
+            time.sleep(3600)
+    finally:
+        page.close(verbose=False)  # which deletes what was uploaded
+
+
+def _port(text: str) -> int:
+    number = int(text)
+    if not 1 <= number <= 65_535:
+        raise argparse.ArgumentTypeError("must be from 1 to 65535")
+    return number
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="The tinyserve demo page.")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
-    parser.add_argument("--port", type=int, default=7860, help="port to listen on (%(default)s)")
+    parser.add_argument("--port", type=_port, default=7860, help="port to listen on (%(default)s)")
     parser.add_argument("--model", default=DEFAULT_MODEL, help="model shown first (%(default)s)")
     parser.add_argument("--device", choices=DEVICES, help="$TINYSERVE_DEVICE or auto by default")
     return parser

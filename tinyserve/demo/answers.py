@@ -29,6 +29,17 @@ SAMPLES = Path(__file__).resolve().parents[2] / "samples"
 MAX_PICTURES = 1_000
 
 
+class _Upload(Input):
+    """A picture under its visitor's name for it, which is no file's here, nor anybody's business if
+    it were."""
+
+    __slots__ = ()
+
+    @property
+    def version(self) -> str:
+        return ""
+
+
 @dataclass(frozen=True, slots=True)
 class Answer:
     """What one model says of one picture, the file decoded anew. Without predictions, ``error``
@@ -109,6 +120,8 @@ class Answers:
         if not isinstance(upload, Mapping) or not isinstance(upload.get("path"), str):
             raise UsageError("send an uploaded file")
         path = Path(upload["path"].replace("\0", "")).resolve()  # resolve() balks at null bytes
+        if path.is_relative_to(self._uploads) and not path.exists():
+            raise ImageError("this file is not here: uploads are kept for an hour")
         # A file alone: with the folder itself one would get what others uploaded.
         if not (path.is_relative_to(self._uploads) and path.is_file()):
             raise ImageError("this file was not uploaded")
@@ -141,6 +154,6 @@ def _inputs(path: Path, root: Path) -> Iterator[Input]:
     try:
         for found in find_inputs([str(path)]):
             name = found.path.removeprefix(f"{root}{os.sep}")
-            yield Input(name, found.label, archives.Member(name, None, found.read))
+            yield _Upload(name, found.label, archives.Member(name, None, found.read))
     except DataError as error:
         raise DataError(str(error).replace(f"{root}{os.sep}", "")) from error

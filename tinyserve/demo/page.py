@@ -1,7 +1,7 @@
 """The page as a whole, and how it keeps to itself."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,16 +26,17 @@ _ENVIRONMENT = {
 }
 
 
-def build_page(model: str, load: Callable[[str], Classifier]) -> "gr.Blocks":
+def build_page(served: Sequence[str], load: Callable[[str], Classifier]) -> "gr.Blocks":
     """The page, not yet served; :func:`options` says how to.
 
-    ``model`` is the one chosen at first. ``load`` gives the classifier of a name and keeps it:
+    It offers the models ``served``, the first of which is chosen at first, and those that are
+    installed. ``load`` gives the classifier of a name and keeps it:
     it is called for every answer. Raises :class:`UsageError` where Gradio is not installed.
     """
     _prepare_gradio()
     import gradio as gr
 
-    models = list(dict.fromkeys([*model_names(), model]))
+    models, model = list(dict.fromkeys([*model_names(), *served])), served[0]
     # Uploads are deleted after an hour.
     page: gr.Blocks
     with gr.Blocks(title="tinyserve", analytics_enabled=False, delete_cache=(600, 3600)) as page:

@@ -28,7 +28,7 @@ def add_page(app: FastAPI, service: Service) -> None:
         # Asked for anew each time: a file that is replaced takes over here, too.
         return models.classifiers.get(name) or load_other(name)
 
-    page = build_page(models.names[0], load)
+    page = build_page(models.names, load)
 
     import gradio
 
