@@ -170,9 +170,9 @@ def _converted(
     trained_on = np.setdiff1d(np.arange(len(dataset.train)), dataset.held_out)
     order = np.random.default_rng(0).permutation(trained_on)
     count = min(quantize.CALIBRATION_IMAGES, len(order) // 2)
-    ranged = dataset.train.images[np.sort(order[:count])]
+    range_images = dataset.train.images[np.sort(order[:count])]
     choice = dataset.train.images[np.sort(order[count : count + quantize.CHOICE_IMAGES])]
-    result = quantize.to_int8(graph, ranged, choice)
+    result = quantize.to_int8(graph, range_images, choice)
     return result.model, (
         f"int8: {result.method} ranges, {100 * result.agreement:.1f} % the same top-1 as fp32 on "
         f"{len(choice):,} training images"
@@ -287,7 +287,7 @@ def _parser() -> argparse.ArgumentParser:
         type=int,
         choices=sorted(VIEWS),
         default=1,
-        help="test-time augmentation: average this many views of an image; 2 mirrors it, 10 crop "
+        help="test-time augmentation: average this many views of an image: 2 mirrors it, 10 crops "
         "the corners, too",
     )
     parser.add_argument("--data", type=Path, help="default: the data that the run was trained on")

@@ -29,7 +29,7 @@ SAMPLES = Path(__file__).resolve().parents[2] / "samples"
 MAX_PICTURES = 1_000
 
 
-class _Upload(Input):
+class _NamedInput(Input):
     """A picture under its visitor's name for it, which is no file's here, nor anybody's business if
     it were."""
 
@@ -154,6 +154,6 @@ def _inputs(path: Path, root: Path) -> Iterator[Input]:
     try:
         for found in find_inputs([str(path)]):
             name = found.path.removeprefix(f"{root}{os.sep}")
-            yield _Upload(name, found.label, archives.Member(name, None, found.read))
+            yield _NamedInput(name, found.label, archives.Member(name, None, found.read))
     except DataError as error:
         raise DataError(str(error).replace(f"{root}{os.sep}", "")) from error
