@@ -126,7 +126,7 @@ def test_the_summary_counts_what_was_decided(decided):
     assert summary["decided_top1"] == right / counts[0]
     assert summary["decided_top1_ci95"] == list(wilson_interval(right, counts[0]))
     assert summary["top1"] == sum(row["correct"] for row in rows) / 41
-    assert f"decided at 0.30 or more: {counts[0]}, {100 * counts[0] / 41:.2f} %" in said
+    assert f"decided at 0.3 or more: {counts[0]}, {100 * counts[0] / 41:.2f} %" in said
     assert f"top-1 of the decided {100 * right / counts[0]:.2f} %" in said
 
 

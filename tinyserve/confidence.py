@@ -25,7 +25,7 @@ def operating_point(card: ModelCard, target_precision: float) -> OperatingPoint:
     best = max(points, key=_surely)
     raise UsageError(
         f"no confidence reaches a precision of {100 * target_precision:g} %: the best is "
-        f"{100 * _surely(best):.1f} %, at {best.threshold:g}, with "
+        f"{100 * _surely(best):.1f} %, at {best.threshold:.2f}, with "
         f"{100 * best.decided / card.calibration.images:.1f} % of the images decided"
     )
 
@@ -34,7 +34,7 @@ def in_words(point: OperatingPoint, card: ModelCard) -> str:
     """What a threshold did on the images held out of training, in one line."""
     assert card.calibration is not None
     return (
-        f"confidence {point.threshold:g} or more: right on {point.correct:,} of "
+        f"confidence {point.threshold:.2f} or more: right on {point.correct:,} of "
         f"{point.decided:,} held-out images ({100 * point.correct / point.decided:.1f} %, at least "
         f"{100 * _surely(point):.1f} % with 95 % confidence), "
         f"{100 * point.decided / card.calibration.images:.1f} % of all decided"
