@@ -317,9 +317,9 @@ def check_graph(path: Path, card: ModelCard) -> None:
         digest = hashlib.sha256(graph).hexdigest()
         graph.release()
         rest = content[card.graph_bytes :]
-    # More fields behind the card would be read as the graph's.
-    number, start = _varint_at(rest, 1)
-    alone = rest[:1] == _field(_METADATA_PROPS, b"")[:1] and start + number == len(rest)
+    # Behind the graph there is the card's field alone: others would be read as the graph's. Its
+    # content begins where the length ends, which takes one to five bytes.
+    alone = any(rest == _field(_METADATA_PROPS, rest[start:]) for start in range(2, 7))
     if digest != card.graph_sha256 or not alone:
         raise GateError(f"{path}: its graph was changed after it was exported")
 
@@ -336,18 +336,6 @@ def _varint(number: int) -> bytes:
         number >>= 7
     encoded.append(number)
     return bytes(encoded)
-
-
-def _varint_at(content: bytes, place: int) -> tuple[int, int]:
-    """A number, and where it ends."""
-    number = shift = 0
-    while place < len(content):
-        number |= (content[place] & 0x7F) << shift
-        shift += 7
-        place += 1
-        if content[place - 1] <= 0x7F:
-            break
-    return number, place
 
 
 def search_folders() -> list[Path]:

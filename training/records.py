@@ -102,13 +102,12 @@ class Record:
     def repeats_paper(self) -> bool:
         """Whether it is the paper's recipe as it is now, unchanged, from scratch, on all of Tiny
         ImageNet's training images."""
-        if self.recipe["name"] != "paper" or self.has_own_section:
-            return False
         changed = any(self.config.get(k) for k in ("limit_train", "holdout", "init", "teachers"))
         now = dataclasses.asdict(paper(self.arch))
-        now["sizes"] = [tuple(size) for size in now["sizes"]]
+        now["sizes"] = list(now["sizes"])  # as a record has them
         same = all(now.get(field) == value for field, value in self.recipe.items())
-        return same and not changed and self.data == DEFAULT_ROOT.name
+        on_theirs = self.data == DEFAULT_ROOT.name
+        return same and on_theirs and not changed and not self.has_own_section
 
     def first_at(self, top1: float) -> tuple[float, float] | None:
         """Seconds of training until an epoch's end with that validation accuracy, and the epoch."""

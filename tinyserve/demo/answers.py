@@ -120,10 +120,11 @@ class Answers:
         if not isinstance(upload, Mapping) or not isinstance(upload.get("path"), str):
             raise UsageError("send an uploaded file")
         path = Path(upload["path"].replace("\0", "")).resolve()  # resolve() balks at null bytes
-        if path.is_relative_to(self._uploads) and not path.exists():
+        inside = path.is_relative_to(self._uploads)
+        if inside and not path.exists():
             raise ImageError("this file is not here: uploads are kept for an hour")
         # A file alone: with the folder itself one would get what others uploaded.
-        if not (path.is_relative_to(self._uploads) and path.is_file()):
+        if not (inside and path.is_file()):
             raise ImageError("this file was not uploaded")
         return path
 
