@@ -35,10 +35,10 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 
-from tinyserve.devices import CPU, CUDA, default_threads, device_name
+from tinyserve.devices import default_threads, device_name
 from tinyserve.engine import Engine
 from tinyserve.modelfile import INPUT_NAME, write_model
-from tinyserve.onnxruntime_session import session_options
+from tinyserve.onnxruntime_session import PROVIDERS, session_options
 
 SLOWEST = 6
 """How many nodes are shown by name."""
@@ -77,7 +77,7 @@ def profile(path: Path, device: str, batch: int, rounds: int) -> None:
     options.enable_profiling = True
     with tempfile.TemporaryDirectory() as folder:
         options.profile_file_prefix = str(Path(folder) / "profile")
-        providers = [CUDA, CPU] if device == "cuda" else [CPU]
+        providers = PROVIDERS.get(device, PROVIDERS["cpu"])
         session = ort.InferenceSession(path, options, providers=providers)
         images = pixels(batch, card.image_size)
         for _ in range(rounds):

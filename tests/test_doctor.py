@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import onnxruntime
 import pytest
 
 from tinyserve.classifier import Classifier
@@ -110,14 +111,19 @@ def test_a_gpu_that_auto_cannot_use_is_exit_code_5(models, nvidia_driver):
     assert json.loads(run.stdout)["default_device"] in ("OpenVINO", "CPU")
 
 
+def install_onnx_runtime(folder: Path, project: str) -> None:
+    """What says so, without its files."""
+    record = folder / f"{project.replace('-', '_')}-9.9.dist-info"
+    record.mkdir()
+    (record / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {project}\nVersion: 9.9\n")
+    (record / "top_level.txt").write_text("onnxruntime\n")
+
+
 def test_two_builds_of_onnx_runtime_and_how_to_mend_it(models, tmp_path):
     """Installed together, as by a package that asks for the one while the other is there."""
-    for name in ("onnxruntime", "onnxruntime_gpu"):
-        folder = tmp_path / f"{name}-9.9.dist-info"
-        folder.mkdir()
-        project = name.replace("_", "-")
-        (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {project}\nVersion: 9.9\n")
-        (folder / "top_level.txt").write_text("onnxruntime\n")
+    for project in ("onnxruntime", "onnxruntime-gpu"):
+        install_onnx_runtime(tmp_path, project)
+    (tmp_path / "onnxruntime").symlink_to(Path(onnxruntime.__file__).parent)
     run = doctor(models, "--json", PYTHONPATH=on_path(tmp_path))
     assert run.returncode == 5
     status, words = checks(run)["ONNX Runtime"]
@@ -126,6 +132,14 @@ def test_two_builds_of_onnx_runtime_and_how_to_mend_it(models, tmp_path):
         "onnxruntime 9.9 and onnxruntime-gpu 9.9 overwrite each other: pip uninstall -y "
         "onnxruntime onnxruntime-gpu, then pip install onnxruntime-gpu"
     )
+
+
+def test_another_build_further_down_the_path_is_no_problem(models, tmp_path):
+    install_onnx_runtime(tmp_path, "onnxruntime-other")
+    run = doctor(models, "--json", PYTHONPATH=on_path(tmp_path))
+    status, words = checks(run)["ONNX Runtime"]
+    assert status == "ok"
+    assert "9.9" not in words
 
 
 def test_what_is_left_of_onnx_runtime_after_one_of_two_is_uninstalled(models, tmp_path):

@@ -88,9 +88,24 @@ def diagnose() -> Diagnosis:
     )
 
 
+def _builds() -> list[str]:
+    """Names of the packages whose files are those of the ONNX Runtime imported here. One that lies
+    elsewhere on the path does no harm."""
+    names = sorted(set(importlib.metadata.packages_distributions().get("onnxruntime", [])))
+    if ort.__file__ is None:  # its files are lost, and with them where they were
+        return names
+    imported = Path(ort.__file__).parent.resolve()
+    distributions = [importlib.metadata.distribution(name) for name in names]
+    return [
+        name
+        for name, distribution in zip(names, distributions, strict=True)
+        if Path(str(distribution.locate_file("onnxruntime"))).resolve() == imported
+    ]
+
+
 def _check_onnxruntime() -> Check:
     """Its builds come in packages that overwrite each other's files."""
-    names = sorted(set(importlib.metadata.packages_distributions().get("onnxruntime", [])))
+    names = _builds()
     builds = [f"{name} {_version(name)}" for name in names]
     kept = "onnxruntime-gpu" if "onnxruntime-gpu" in names else "onnxruntime"
     if len(builds) > 1:

@@ -23,8 +23,9 @@ from tinyserve.modelfile import (
 )
 
 # The default is to search exhaustively for the fastest convolutions, again for every new size of a
-# batch, and to transpose images to a layout that tensor cores do not like.
-_CUDA = (CUDA, {"cudnn_conv_algo_search": "HEURISTIC", "prefer_nhwc": "1"})
+# batch, to transpose images to a layout that tensor cores do not like, and to cut the factors of
+# float32 products to ten bits, which is less than what the gate allows a file to differ.
+_CUDA = (CUDA, {"cudnn_conv_algo_search": "HEURISTIC", "prefer_nhwc": "1", "use_tf32": "0"})
 
 PROVIDERS: dict[str, list[tuple[str, dict[str, str]]]] = {
     "cpu": [(CPU, {})],
@@ -53,6 +54,10 @@ class OnnxRuntimeSession:
             providers = [*providers, *PROVIDERS["cpu"]]
         elif device != "cpu":
             options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+        if device == "cuda":
+            # Weights and biases of 8-bit files become float32 once, while loading: CUDA has no
+            # kernel for 32-bit biases, which would be left to the CPU.
+            options.add_session_config_entry("session.disable_quant_qdq", "1")
         self._session = ort.InferenceSession(path, options, providers=providers)
         self.provider: str = self._session.get_providers()[0]
         if strict and self.provider != providers[0][0]:

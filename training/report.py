@@ -169,7 +169,10 @@ def precision(done: Sequence[Record]) -> Iterator[str]:
         return cell
 
     if runs:
-        yield "Ratios are to fp32 on the same hardware."
+        yield (
+            "Ratios are to fp32 on the same hardware. Speed leaves out the first epoch; memory "
+            "includes the images, 12 kB each."
+        )
         yield _table(
             sorted(runs, key=lambda run: (run.arch, run not in bases.values(), run.name)),
             *("model", "precision", "images/s"),

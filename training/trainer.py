@@ -115,13 +115,11 @@ class Trainer:
             self._refit_norms()
         if device.type == "cpu":
             self._activations = activations_per_pixel(self.model, recipe.final_size)
-        self.average: AveragedModel | None = None
+        self.average: _RunningAverage | None = None
         if recipe.ema is not None:
             # In a run of few steps a slow average would hardly have left the first weights.
             decay = min(recipe.ema, max(0.0, 1 - 1 / (AVERAGED_SHARE * self.steps)))
-            self.average = AveragedModel(
-                self.model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True
-            )
+            self.average = _RunningAverage(self.model, decay)
         self.teacher: Teacher | None = None
         if teachers:
             self.teacher = Teacher(teachers, dataset.classes, self.mean, self.std).to(device)
@@ -141,7 +139,8 @@ class Trainer:
                     self.model, broadcast_buffers=False, gradient_as_bucket_view=True
                 )
         if config.compile:
-            self._network = cast(nn.Module, torch.compile(self._network))
+            # Once for each of a recipe's few sizes: one network for any size is a slower one.
+            self._network = cast(nn.Module, torch.compile(self._network, dynamic=False))
         self.optimizer = torch.optim.SGD(
             _parameter_groups(self.model, recipe),
             lr=recipe.lr,
@@ -389,6 +388,33 @@ class Trainer:
             for buffer in network.buffers() if network is not None else ():
                 if buffer.is_floating_point():
                     buffer.copy_(self.workers.total(buffer) / self.workers.count)
+
+
+class _RunningAverage(AveragedModel):
+    """A network's parameters and buffers, averaged with a decay.
+
+    Does what its parent would with ``multi_avg_fn=get_ema_multi_avg_fn(decay)``, but leaves the
+    count of updates where it is: sent to a GPU at every step, it makes the host wait for the GPU.
+    """
+
+    def __init__(self, network: nn.Module, decay: float) -> None:
+        super().__init__(network, use_buffers=True)
+        self._average = get_ema_multi_avg_fn(decay)
+
+    @torch.no_grad()
+    def update_parameters(self, model: nn.Module) -> None:
+        averages, values = (
+            [*network.parameters(), *network.buffers()] for network in (self.module, model)
+        )
+        if self.n_averaged == 0:
+            for average, value in zip(averages, values, strict=True):
+                average.copy_(value)
+        else:
+            floats = [
+                pair for pair in zip(averages, values, strict=True) if pair[0].is_floating_point()
+            ]
+            self._average(*(list(part) for part in zip(*floats, strict=True)), self.n_averaged)
+        self.n_averaged += 1
 
 
 def pixel_statistics(images: Tensor, subset: Tensor, *, mean_image: bool) -> tuple[Tensor, Tensor]:

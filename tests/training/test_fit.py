@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from tinyserve.engine import Engine
 from tinyserve.modelfile import Label
@@ -319,6 +320,20 @@ def test_averaged_weights_are_those_that_are_evaluated(make_trainer):
     averaged = state_after(trainer, 2)
     latest = trainer.model.state_dict()
     assert not torch.equal(averaged["stem.0.weight"], latest["stem.0.weight"])
+
+
+def test_weights_are_averaged_as_pytorch_does_it(make_trainer):
+    trainer = make_trainer(ema=0.3)
+    expected = AveragedModel(
+        trainer.model, multi_avg_fn=get_ema_multi_avg_fn(0.3), use_buffers=True
+    )
+    for _ in range(3):
+        trainer.train_step()
+        expected.update_parameters(trainer.model)
+    ours = trainer.evaluated.state_dict()
+    for name, value in expected.module.state_dict().items():
+        if value.is_floating_point():
+            assert torch.equal(ours[name], value), name
 
 
 def test_a_slow_average_does_not_outlast_a_short_run(make_trainer):
