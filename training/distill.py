@@ -1,7 +1,9 @@
 """Learning from networks that are trained already (Hinton et al., arXiv:1503.02531).
 
 A teacher is either asked at every step about the very images that the student is shown, or once
-about every whole image: see :class:`Teacher` and :func:`kept_answers`.
+about some crops of every image, which are then all that the student is shown: see :class:`Teacher`
+and :func:`kept_answers`. Both see the same, since answers about the whole image teach a student too
+much of what is not in its crop (arXiv:2106.05237).
 """
 
 import hashlib
@@ -20,8 +22,9 @@ from tqdm import tqdm
 from tinyserve.engine import Engine
 from tinyserve.errors import DataError, UsageError
 from tinyserve.modelfile import Label
-from training import data, hardware, pretrained
+from training import augment, data, hardware, pretrained
 from training.checkpoint import Weights
+from training.recipes import Recipe
 
 _ASKED_AT_ONCE = 64
 """Images."""
@@ -68,7 +71,7 @@ class Teacher(nn.Module):
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A teacher that is asked about whole images, as it is served."""
+    """A teacher that is asked as it is served, about images of 8 bits."""
 
     name: str
     """As :func:`training.pretrained.identify` has it."""
@@ -101,13 +104,24 @@ def open_source(path: Path, device: torch.device, precision: str) -> Source:
     return Source(pretrained.identify(path), weights.labels, weights.image_size, ask)
 
 
-def kept_answers(sources: Sequence[Source], dataset: data.Dataset, temperature: float) -> Tensor:
-    """The mean of the teachers' answers to every whole training image.
+def crops_of(view: int, recipe: Recipe, count: int, height: int, width: int) -> augment.Boxes:
+    """The crops of all training images that make up one view of them, the same in every run.
 
-    Probabilities at a temperature, float16 ``[n, classes]``, in the order of the training images.
-    They are kept beside the decoded images for every later run with the same teachers. Raises
-    :class:`~tinyserve.errors.UsageError` for teachers of other classes or of images of another
-    size, and :class:`~tinyserve.errors.DataError` where the answers cannot be kept.
+    ``count`` images of ``height`` x ``width`` pixels; the boxes are on the CPU.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(view)
+        return augment.training_crops(recipe, count, height, width, torch.device("cpu"))
+
+
+def kept_answers(sources: Sequence[Source], dataset: data.Dataset, recipe: Recipe) -> Tensor:
+    """The mean of the teachers' answers to every view of the training images that a run shows.
+
+    Probabilities at the recipe's temperature, float16 ``[views, n, classes]``, in the order of the
+    training images. They are kept beside the decoded images for every later run that shows the
+    same views to the same teachers. Raises :class:`~tinyserve.errors.UsageError` for teachers of
+    other classes or of images of another size, and :class:`~tinyserve.errors.DataError` where the
+    answers cannot be kept.
     """
     images = dataset.train.images
     for source in sources:
@@ -117,29 +131,49 @@ def kept_answers(sources: Sequence[Source], dataset: data.Dataset, temperature: 
                 f"the teacher {source.name} is for images of {source.image_size} px, "
                 f"not of {images.shape[1]} px"
             )
-    asked = hashlib.sha256(images.data)
-    asked.update(json.dumps([*(source.name for source in sources), temperature]).encode())
-    path = data.cache_folder(dataset.root) / f"answers-{asked.hexdigest()[:16]}.npy"
-    if not path.exists():
-        partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-        try:
-            with partial.open("wb") as file:
-                np.save(file, _ask(sources, images, temperature).numpy())
-            os.replace(partial, path)
-        except OSError as error:
-            raise DataError(
-                f"cannot keep the teacher's answers in {path.parent}: {error.strerror or error}"
-            ) from error
-        finally:
-            partial.unlink(missing_ok=True)
-    return torch.from_numpy(np.load(path, mmap_mode="c"))
+    temperature, crops = recipe.distill_temperature, (recipe.crop, recipe.crop_area)
+    pixels = hashlib.sha256(images.data).hexdigest()
+    views = []
+    for view in range(min(recipe.distill_views, recipe.epochs)):
+        asked = [pixels, [source.name for source in sources], temperature, crops, view]
+        digest = hashlib.sha256(json.dumps(asked).encode()).hexdigest()
+        path = data.cache_folder(dataset.root) / f"answers-{digest[:16]}.npy"
+        if not path.exists():
+            boxes = crops_of(view, recipe, *images.shape[:3])
+            _keep(path, _ask(sources, images, boxes, temperature, f"teacher, view {view + 1}"))
+        views.append(torch.from_numpy(np.load(path)))
+    return torch.stack(views)
 
 
-def _ask(sources: Sequence[Source], images: data.Pixels, temperature: float) -> Tensor:
+def _keep(path: Path, answers: Tensor) -> None:
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        with partial.open("wb") as file:
+            np.save(file, answers.numpy())
+        os.replace(partial, path)
+    except OSError as error:
+        raise DataError(
+            f"cannot keep the teacher's answers in {path.parent}: {error.strerror or error}"
+        ) from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _ask(
+    sources: Sequence[Source],
+    images: data.Pixels,
+    boxes: augment.Boxes,
+    temperature: float,
+    title: str,
+) -> Tensor:
+    size = images.shape[1]
     answers = []
-    with tqdm(total=len(images), desc="teacher", unit="image", disable=None) as bar:
+    with tqdm(total=len(images), desc=title, unit="image", disable=None) as bar:
         for start in range(0, len(images), _ASKED_AT_ONCE):
-            batch = images[start : start + _ASKED_AT_ONCE]
+            part = slice(start, start + _ASKED_AT_ONCE)
+            whole = torch.from_numpy(images[part]).float()
+            seen = augment.extract(whole, boxes[part], size).round().clamp(0, 255)
+            batch = seen.to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
             # Softmax of logits over T, from the softmax of the logits.
             soft = [(source.ask(batch).log() / temperature).softmax(dim=1) for source in sources]
             answers.append(torch.stack(soft).mean(dim=0).half())

@@ -105,7 +105,7 @@ def _fit_from_files(
 ) -> None:
     initial = None if arguments.init is None else pretrained.load(arguments.init)
     teachers, sources = [], []
-    if config.recipe.distill_once:
+    if config.recipe.distill_views:
         sources = [
             distill.open_source(path, device, config.precision) for path in arguments.teacher
         ]
@@ -123,7 +123,7 @@ def _fit_from_files(
     answers = None
     if sources:
         with workers.first_before_others():  # as above
-            answers = distill.kept_answers(sources, dataset, config.recipe.distill_temperature)
+            answers = distill.kept_answers(sources, dataset, config.recipe)
     trainer = Trainer(
         config,
         dataset,
@@ -361,9 +361,9 @@ def _configure(arguments: argparse.Namespace) -> tuple[Config, torch.device]:
         raise UsageError(f"crops of {recipe.crop} px do not fit images of {arguments.image_size}")
     if arguments.time_limit is not None and not arguments.time_limit >= 0:
         raise UsageError("--time-limit must be at least 0")
-    if arguments.teacher and recipe.distill_once and (recipe.cutmix or recipe.mixup):
+    if arguments.teacher and recipe.distill_views and (recipe.cutmix or recipe.mixup):
         raise UsageError(
-            "mixed images need a teacher that sees them: --set distill_once=false, or cutmix=0 and "
+            "mixed images need a teacher that sees them: --set distill_views=0, or cutmix=0 and "
             "mixup=0"
         )
     _check_sizes(arguments.arch, recipe)

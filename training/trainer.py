@@ -19,7 +19,7 @@ from tinyserve.errors import UsageError
 from training import augment, hardware, pretrained
 from training.checkpoint import Weights
 from training.data import Dataset
-from training.distill import Teacher, divergence
+from training.distill import Teacher, crops_of, divergence
 from training.distributed import ALONE, Workers
 from training.evaluate import Score, view_accuracy
 from training.models import ARCHS
@@ -62,6 +62,8 @@ class Trainer:
     """On a CPU: numbers that all layers give for each pixel of an image."""
     _order: Tensor | None
     """The epoch's permutation of the training images; drawn at its first step."""
+    _crops: augment.Boxes | None
+    """The epoch's crops of all images, where a teacher was asked about them; made as above."""
     _sums: Tensor
     """Loss and hits of the epoch so far, in this process."""
 
@@ -188,7 +190,7 @@ class Trainer:
 
         torch.manual_seed(_mix(self.config.seed, 1, self.step))
         # Drawn for the whole batch: every process crops as one process alone would.
-        boxes = self._boxes()
+        boxes = self._boxes(indices)
         mix = self._choose_mix()
         if self.workers.count > 1:  # dropout differs
             torch.manual_seed(_mix(self.config.seed, 3, self.step, self.workers.rank))
@@ -298,6 +300,7 @@ class Trainer:
 
     def _start_epoch(self) -> None:
         self._order = None
+        self._crops = None
         self._sums = torch.zeros(2, dtype=torch.float64, device=self.device)
         self._epoch_began = None
         self._seconds_before = 0.0
@@ -318,14 +321,21 @@ class Trainer:
         torch.manual_seed(_mix(self.config.seed, 2, self.step // self.steps_per_epoch))
         return self.subset[torch.randperm(len(self.subset), device=self.device)]
 
-    def _boxes(self) -> augment.Boxes:
+    def _boxes(self, indices: Tensor) -> augment.Boxes:
+        """Where to crop the images of a batch."""
         recipe = self.config.recipe
         _, height, width, _ = self.images.shape
-        if recipe.crop_area is None:
-            return augment.random_crops(self.batch_size, height, width, recipe.crop, self.device)
-        return augment.random_resized_crops(
-            self.batch_size, height, width, recipe.crop_area, self.device
-        )
+        if self.answers is None:
+            return augment.training_crops(recipe, len(indices), height, width, self.device)
+        if self._crops is None:
+            count = len(self.images)
+            self._crops = crops_of(self._view(), recipe, count, height, width).to(self.device)
+        return self._crops[indices]
+
+    def _view(self) -> int:
+        """Which of the crops that the teacher was asked about an epoch shows."""
+        assert self.answers is not None
+        return self.step // self.steps_per_epoch % len(self.answers)
 
     def _choose_mix(self) -> nn.Module | None:
         """What to mix this step's images with each other by, if at all."""
@@ -345,7 +355,7 @@ class Trainer:
     def _wanted(self, x: Tensor, indices: Tensor) -> Tensor | None:
         """What the teacher answers, probabilities ``[N, classes]``, if there is one."""
         if self.answers is not None:
-            return self.answers[indices].float()
+            return self.answers[self._view(), indices].float()
         if self.teacher is None:
             return None
         with torch.no_grad(), hardware.autocast(self.device, self.precision):
