@@ -190,12 +190,24 @@ def test_truncated_jpeg_is_refused_wherever_it_is_cut(photo, keep):
         images.load(data[:keep], size=64)
 
 
+def with_size_in_header(data: bytes, height: int, width: int) -> bytes:
+    """A JPEG that claims to be of another size."""
+    start = data.index(b"\xff\xc0") + 5  # frame header: length, precision, height, width
+    return data[:start] + struct.pack(">HH", height, width) + data[start + 4 :]
+
+
 def test_bomb_in_a_jpeg_header_is_refused_before_decoding(photo):
-    data = bytearray(photo.read_bytes())
-    start = data.index(b"\xff\xc0")  # frame header: length, precision, height, width
-    data[start + 5 : start + 9] = struct.pack(">HH", 60_000, 60_000)
     with pytest.raises(ImageError, match="too large"):
-        images.decode(bytes(data))
+        images.decode(with_size_in_header(photo.read_bytes(), 60_000, 60_000))
+
+
+def test_small_jpegs_alone_are_decoded_quickly(samples):
+    small = (samples / "goldfish" / "val_68.JPEG").read_bytes()
+    assert images.is_quick(small)
+    assert not images.is_quick(with_size_in_header(small, 9_000, 9_000))
+    assert not images.is_quick(small + bytes(16_384))
+    assert not images.is_quick(small[:10])
+    assert not images.is_quick(encode(Image.open(io.BytesIO(small)), "PNG"))
 
 
 def test_missing_file_and_folder_are_image_errors(tmp_path):

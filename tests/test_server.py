@@ -237,6 +237,19 @@ def test_the_page_of_routes_loads_nothing_from_elsewhere(server):
     assert all(path in page for path in document["paths"])
 
 
+def test_what_the_server_itself_fails_with_is_its_log_s_business(monkeypatch, goldfish, caplog):
+    def broken(*_: object) -> None:
+        raise ZeroDivisionError("by chance")
+
+    with running() as server:
+        monkeypatch.setattr(Models, "get", broken)
+        response = server.post(INFER, json=files_document(goldfish))
+        assert response.status_code == 500
+        assert "its log says why" in response.json()["error"]
+        assert server.metric("tinyserve_requests_total", status="500") == 1
+    assert "by chance" in caplog.text
+
+
 def test_metrics_count_what_happened(server, goldfish):
     route = {"route": "/classify"}
     good, bad = ({**route, "status": status} for status in ("200", "422"))
@@ -484,14 +497,16 @@ def test_requests_that_wait_are_computed_together(gate, goldfish):
     assert len(best) == 1
 
 
-def test_a_client_that_goes_away_is_not_computed(gate, goldfish):
-    head = b"POST /classify HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(goldfish)
+@pytest.mark.parametrize("path", ["/classify", INFER])
+def test_a_client_that_goes_away_is_not_computed(gate, goldfish, path):
+    body = goldfish if path == "/classify" else json.dumps(files_document(goldfish)).encode()
+    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode()
     with running() as server, ThreadPoolExecutor(1) as clients:
         gate.close()
         first = clients.submit(server.post, "/classify", content=goldfish)
         assert gate.waiting.wait(SECONDS)
         with connect(server) as connection:
-            connection.sendall(head + goldfish)
+            connection.sendall(head + body)
             until(lambda: server.metric("tinyserve_queue_images") == 2)
         until(lambda: server.metric("tinyserve_queue_images") == 1)
         gate.open.set()

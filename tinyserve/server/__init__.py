@@ -3,6 +3,7 @@
 This module needs nothing but tinyserve itself; the others need the extra ``serve``.
 """
 
+import gc
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -70,4 +71,8 @@ def serve(settings: Settings) -> None:
     run.allow_many_connections()
     listener = run.Listener(settings)
     print(*listener.lines(), sep="\n", flush=True)
+    # What is loaded stays. To look through all of it for garbage, as happens every few thousand
+    # requests otherwise, holds up those that are there.
+    gc.collect()
+    gc.freeze()
     listener.run()

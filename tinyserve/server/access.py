@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -45,10 +45,10 @@ class Access:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                answer = MutableHeaders(scope=message)
-                answer["X-Request-Id"] = request_id
+                added = [(b"x-request-id", request_id.encode())]
                 if self._service.leaving:
-                    answer["Connection"] = "close"
+                    added.append((b"connection", b"close"))
+                message["headers"] = [*message["headers"], *added]
             await send(message)
 
         app = self._app if self._may(scope["path"], headers) else _unauthorised
@@ -57,8 +57,7 @@ class Access:
         finally:
             seconds = time.perf_counter() - began
             route = getattr(scope.get("route"), "path", "other")
-            self._metrics.requests.labels(route, status).inc()
-            self._metrics.request_seconds.labels(route).observe(seconds)
+            self._metrics.answered(route, status, seconds)
             self._log(scope, request_id, status, seconds)
 
     def _may(self, path: str, headers: Headers) -> bool:
@@ -82,7 +81,7 @@ class Access:
             "model": scope["state"].get("model"),
             "images": scope["state"].get("images"),
         }
-        log.access.info("", extra={"fields": fields})
+        log.request(fields)
 
 
 def read_keys(path: Path) -> list[bytes]:

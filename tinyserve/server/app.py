@@ -1,22 +1,29 @@
 """The routes: the Open Inference Protocol, ``/classify`` for people, and what operators ask for."""
 
-from collections.abc import AsyncIterator
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from importlib import metadata
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse
+from fastapi.routing import APIRoute
 from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from starlette.types import Receive, Scope, Send
 
 from tinyserve.errors import BusyError, ImageError, RequestError, TinyserveError
 from tinyserve.server import protocol, schema
-from tinyserve.server.inference import add_classify, add_infer
+from tinyserve.server.inference import INFER, add_classify, add_infer
 from tinyserve.server.service import Service
+
+logger = logging.getLogger("tinyserve")
+
+_Handler = Callable[[Request, Exception], Awaitable[Response]]
 
 
 def build_app(service: Service, *, with_keys: bool = False) -> FastAPI:
@@ -58,6 +65,38 @@ def build_app(service: Service, *, with_keys: bool = False) -> FastAPI:
     app.openapi = lambda: schema.openapi(app, with_keys=with_keys)  # type: ignore[method-assign]
     _add_errors(app)
     return app
+
+
+class Shortcut:
+    """``app``, as an ASGI application in which the busiest route answers without its layers.
+
+    Those see every request and route it; for a small model they cost as much as the answer. The
+    route, and what becomes of its errors, are the application's own.
+    """
+
+    def __init__(self, app: FastAPI) -> None:
+        self._app = app
+        routes = (route for route in app.routes if isinstance(route, APIRoute))
+        self._route = next(route for route in routes if route.path == INFER)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        found = None
+        if scope["type"] == "http" and scope["method"] == "POST":
+            found = self._route.path_regex.match(scope["path"])
+        if found is None:
+            await self._app(scope, receive, send)
+            return
+        scope["route"] = self._route
+        request = Request(scope, receive)
+        try:
+            response = await self._route.endpoint(request, **found.groupdict())
+        except Exception as error:
+            handlers = self._app.exception_handlers
+            kind = next(kind for kind in type(error).__mro__ if kind in handlers)
+            response = await cast(_Handler, handlers[kind])(request, error)
+            if kind is Exception:
+                logger.error("%s failed", scope["path"], exc_info=error)
+        await response(scope, receive, send)
 
 
 def version() -> str:

@@ -15,6 +15,8 @@ from tinyserve.server.body import files_of, while_connected
 from tinyserve.server.models import Model
 from tinyserve.server.service import Service
 
+INFER = "/v2/models/{model}/infer"
+
 _QUICK_BYTES = 64 * 2**10
 """JSON of up to this length is read on the event loop; it takes about a millisecond."""
 _QUICK_ROWS = 16
@@ -33,7 +35,7 @@ def add_infer(app: FastAPI, service: Service) -> None:
         "openapi_extra": schema.body("InferDocument", binary=True),
     }
 
-    @app.post("/v2/models/{model}/infer", summary="Probabilities of images", **route)
+    @app.post(INFER, summary="Probabilities of images", **route)
     async def infer(request: Request, model: str) -> Response:
         _content_type(request, _DOCUMENT_TYPES)
         service.check_room(model)

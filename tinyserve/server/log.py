@@ -5,8 +5,16 @@ import logging
 from datetime import UTC, datetime
 from typing import Any
 
-access = logging.getLogger("tinyserve.access")
-"""Of requests: a line for each, whose fields are the record's attribute ``fields``."""
+_access = logging.getLogger("tinyserve.access")
+
+
+def request(fields: dict[str, Any]) -> None:
+    """A line for a request."""
+    if _access.isEnabledFor(logging.INFO):
+        # Made here: a logger would look for the place in the code, which nobody is told.
+        record = logging.LogRecord(_access.name, logging.INFO, "", 0, "", (), None)
+        record.fields = fields
+        _access.handle(record)
 
 
 def configure(format_: str) -> None:
@@ -41,4 +49,7 @@ def _time(record: logging.LogRecord) -> str:
 
 def _printable(value: Any) -> str:
     """On one line without spaces, whatever a client sent."""
-    return str(value).encode("unicode_escape").decode().replace(" ", r"\x20")
+    text = str(value)
+    if text.isalnum() and text.isascii():
+        return text
+    return text.encode("unicode_escape").decode().replace(" ", r"\x20")

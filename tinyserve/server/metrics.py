@@ -1,5 +1,6 @@
 """What Prometheus is told."""
 
+import functools
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -29,23 +30,27 @@ class Metrics:
         self._registry = registry = CollectorRegistry()
         for collector in (PROCESS_COLLECTOR, PLATFORM_COLLECTOR, GC_COLLECTOR):
             registry.register(collector)
-        self.requests = Counter(
+        requests = Counter(
             "tinyserve_requests", "Requests answered.", ("route", "status"), registry=registry
         )
-        self.request_seconds = Histogram(
+        request_seconds = Histogram(
             "tinyserve_request_seconds",
             "From a request's headers to the end of its answer.",
             ("route",),
             buckets=_SECONDS,
             registry=registry,
         )
-        self.stage_seconds = Histogram(
+        stage_seconds = Histogram(
             "tinyserve_stage_seconds",
             "Of a request: read, decode, compute (with waiting), encode; of a batch: queue, run.",
             ("stage",),
             buckets=_SECONDS,
             registry=registry,
         )
+        # By their labels, of which there are few; to look for them takes longer than to count.
+        self._requests = functools.cache(requests.labels)
+        self._request_seconds = functools.cache(request_seconds.labels)
+        self._stage_seconds = functools.cache(stage_seconds.labels)
         self.batch_images = Histogram(
             "tinyserve_batch_images",
             "Images computed at once.",
@@ -77,12 +82,17 @@ class Metrics:
         """Time a stage that ends well."""
         began = time.perf_counter()
         yield
-        self.stage_seconds.labels(name).observe(time.perf_counter() - began)
+        self._stage_seconds(name).observe(time.perf_counter() - began)
+
+    def answered(self, route: str, status: int, seconds: float) -> None:
+        """Count a request."""
+        self._requests(route, status).inc()
+        self._request_seconds(route).observe(seconds)
 
     def batch_watch(self, model: str) -> Callable[[int, float, float], None]:
         """What a :class:`~tinyserve.batcher.Batcher` tells of its batches."""
         images = self.batch_images.labels(model)
-        queue, run = (self.stage_seconds.labels(stage) for stage in ("queue", "run"))
+        queue, run = (self._stage_seconds(stage) for stage in ("queue", "run"))
 
         def watch(count: int, waited: float, seconds: float) -> None:
             images.observe(count)

@@ -18,7 +18,8 @@ from tinyserve.devices import device_name
 from tinyserve.errors import UsageError
 from tinyserve.server import Limits, Settings
 from tinyserve.server.access import Access, read_keys
-from tinyserve.server.app import build_app
+from tinyserve.server.app import Shortcut, build_app
+from tinyserve.server.body import GONE
 from tinyserve.server.page import add_page
 from tinyserve.server.service import Service
 
@@ -46,7 +47,7 @@ class Listener:
         app = build_app(self._service, with_keys=bool(keys))
         if settings.ui:
             add_page(app, self._service)
-        self._server = _Server(self._service, Access(app, self._service, keys))
+        self._server = _Server(self._service, Access(Shortcut(app), self._service, keys))
 
     def lines(self) -> Iterator[str]:
         """The address, and what runs on which device."""
@@ -160,12 +161,14 @@ def _protocol(limits: Limits) -> type[HttpToolsProtocol]:
         _timer: asyncio.TimerHandle | None = None
 
         def connection_made(self, transport: Any) -> None:
+            self._gone = self.loop.create_future()
             self._together = _Together(transport, self.loop)
             super().connection_made(cast(asyncio.Transport, self._together))
             self._start_timer()
 
         def connection_lost(self, exc: Exception | None) -> None:
             self._stop_timer()
+            self._gone.set_result(None)
             super().connection_lost(exc)
 
         def data_received(self, data: bytes) -> None:
@@ -181,6 +184,7 @@ def _protocol(limits: Limits) -> type[HttpToolsProtocol]:
         def on_message_begin(self) -> None:
             self._in_head = True
             super().on_message_begin()
+            cast(dict[str, Any], self.scope)[GONE] = self._gone
 
         def on_headers_complete(self) -> None:
             self._in_head = False

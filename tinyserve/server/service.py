@@ -16,6 +16,9 @@ from tinyserve.server.protocol import Pixels
 
 T = TypeVar("T")
 
+_QUICK_FILES = 4
+"""So many small files are decoded on the event loop, where that takes less than to ask a thread."""
+
 
 class Service:
     """One server's, without its routes. Loads the models, and raises what that raises."""
@@ -54,6 +57,8 @@ class Service:
     async def decode(self, files: Sequence[bytes], size: int) -> list[Pixels | ImageError]:
         """The pixels of each file, uint8 ``[size, size, 3]``, or why there are none."""
         with self.metrics.stage("decode"):
+            if len(files) <= _QUICK_FILES and all(map(images.is_quick, files)):
+                return [_load(file, size) for file in files]
             return await asyncio.gather(*(self.off_loop(_load, file, size) for file in files))
 
     def check_room(self, model: str | None) -> None:
