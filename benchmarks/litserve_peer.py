@@ -76,7 +76,7 @@ def main() -> None:
     peer = UsualPeer if arguments.usual else Peer
     server = LitServer(
         peer(arguments.model, arguments.device, arguments.batch_size),
-        accelerator="cpu" if arguments.device == "cpu" else "cuda",
+        accelerator="cuda" if arguments.device == "cuda" else "cpu",
         workers_per_device=1,
     )
     server.run(port=port, host="127.0.0.1", generate_client_file=False, log_level="warning")

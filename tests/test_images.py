@@ -203,11 +203,17 @@ def test_bomb_in_a_jpeg_header_is_refused_before_decoding(photo):
 
 def test_small_jpegs_alone_are_decoded_quickly(samples):
     small = (samples / "goldfish" / "val_68.JPEG").read_bytes()
-    assert images.is_quick(small)
-    assert not images.is_quick(with_size_in_header(small, 9_000, 9_000))
-    assert not images.is_quick(small + bytes(16_384))
-    assert not images.is_quick(small[:10])
-    assert not images.is_quick(encode(Image.open(io.BytesIO(small)), "PNG"))
+    for size in (24, 64, 96):
+        found = images.load_quickly(small, size=size)
+        assert found is not None
+        assert (found == images.load(small, size=size)).all()
+    others = [
+        with_size_in_header(small, 9_000, 9_000),
+        small + bytes(16_384),
+        small[:10],
+        encode(Image.open(io.BytesIO(small)), "PNG"),
+    ]
+    assert [images.load_quickly(data, size=64) for data in others] == [None] * 4
 
 
 def test_missing_file_and_folder_are_image_errors(tmp_path):

@@ -4,6 +4,7 @@ import asyncio
 import base64
 import dataclasses
 import http.client
+import io
 import json
 import re
 import shutil
@@ -16,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import numpy as np
 import pytest
+from PIL import Image
 from serving import SECONDS, running, until
 
 from tinyserve import Classifier, images
@@ -115,6 +117,19 @@ def test_a_name_that_is_no_utf8_does_not_lose_the_answer(server, goldfish):
     response = server.post("/classify", content=body, headers={"Content-Type": kind})
     assert response.status_code == 200
     assert response.json()["results"][0]["file"] == "?.jpg"
+
+
+def test_small_and_large_files_of_a_request_keep_their_order(server, classifier, samples):
+    """Some are decoded where they are, others in threads."""
+    paths = sorted(samples.glob("*/*.JPEG"))[:3]
+    small = [path.read_bytes() for path in paths]
+    buffer = io.BytesIO()
+    Image.open(paths[1]).resize((640, 640)).save(buffer, "PNG")
+    body = files_document(small[0], buffer.getvalue(), small[2])
+    rows = np.array(server.post(INFER, json=body).json()["outputs"][0]["data"]).reshape(3, 200)
+    for row, data in zip(rows, (small[0], buffer.getvalue(), small[2]), strict=True):
+        best = classifier.classify(data)[0]
+        assert (row.argmax(), row.max()) == (best.index, pytest.approx(best.probability, abs=1e-5))
 
 
 def test_a_form_of_nothing_but_bad_files_is_refused(server):

@@ -1,8 +1,8 @@
 """Bodies of requests, within limits."""
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 
 from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
@@ -27,6 +27,7 @@ class Bodies:
     async def read(self, request: Request) -> AsyncIterator[bytes]:
         """The body of a request, which counts as held until the ``with`` ends.
 
+        What is inside is cancelled when the client goes away, and ClientDisconnect is raised.
         Raises :class:`RequestError`: 408 for one that comes too slowly, 413 for one that is too
         long, by its header or by counting, 415 for one that is compressed; and :class:`BusyError`
         where all that is held would become too much.
@@ -50,7 +51,8 @@ class Bodies:
                 raise RequestError(408, "the body comes too slowly") from error
             body = b"".join(chunks)
             chunks.clear()
-            yield body
+            with _while_connected(request):
+                yield body
         finally:
             self._held -= length
 
@@ -111,8 +113,8 @@ def _utf8(name: str) -> str:
     return name.encode(errors="replace").decode()
 
 
-@asynccontextmanager
-async def while_connected(request: Request) -> AsyncIterator[None]:
+@contextmanager
+def _while_connected(request: Request) -> Iterator[None]:
     """Cancels what is inside when the client goes away, and raises ClientDisconnect instead."""
     task = asyncio.current_task()
     gone: asyncio.Future[None] = request.scope[GONE]

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from tinyserve.errors import ImageError, RequestError
 from tinyserve.server import protocol, schema
-from tinyserve.server.body import files_of, while_connected
+from tinyserve.server.body import files_of
 from tinyserve.server.models import Model
 from tinyserve.server.service import Service
 
@@ -39,7 +39,7 @@ def add_infer(app: FastAPI, service: Service) -> None:
     async def infer(request: Request, model: str) -> Response:
         _content_type(request, _DOCUMENT_TYPES)
         service.check_room(model)
-        async with service.bodies.read(request) as body, while_connected(request):
+        async with service.bodies.read(request) as body:
             wanted = await parse(body, request.headers.get(protocol.JSON_LENGTH_HEADER))
             name, live = service.models.get(model)
             request.state.model, request.state.images = name, len(wanted.images)
@@ -104,7 +104,7 @@ def add_classify(app: FastAPI, service: Service) -> None:
     ) -> Response:
         kind = _content_type(request, (*_PICTURE_TYPES, "image/", "multipart/form-data"))
         service.check_room(model)
-        async with service.bodies.read(request) as body, while_connected(request):
+        async with service.bodies.read(request) as body:
             if kind == "multipart/form-data":
                 files = await files_of(request, body, service.settings.max_queue)
             else:

@@ -2,8 +2,7 @@
 
 import functools
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 from prometheus_client import (
     GC_COLLECTOR,
@@ -77,12 +76,9 @@ class Metrics:
             registry=registry,
         )
 
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Time a stage that ends well."""
-        began = time.perf_counter()
-        yield
-        self._stage_seconds(name).observe(time.perf_counter() - began)
+    def stage(self, name: str) -> "_Stage":
+        """Times what is done ``with`` it, where that ends well."""
+        return _Stage(self._stage_seconds(name))
 
     def answered(self, route: str, status: int, seconds: float) -> None:
         """Count a request."""
@@ -122,3 +118,15 @@ class Metrics:
     def text(self) -> bytes:
         """Everything, in the Prometheus text format 0.0.4."""
         return generate_latest(self._registry)
+
+
+class _Stage:
+    def __init__(self, seconds: Histogram) -> None:
+        self._seconds = seconds
+
+    def __enter__(self) -> None:
+        self._began = time.perf_counter()
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self._seconds.observe(time.perf_counter() - self._began)

@@ -57,9 +57,12 @@ class Service:
     async def decode(self, files: Sequence[bytes], size: int) -> list[Pixels | ImageError]:
         """The pixels of each file, uint8 ``[size, size, 3]``, or why there are none."""
         with self.metrics.stage("decode"):
-            if len(files) <= _QUICK_FILES and all(map(images.is_quick, files)):
-                return [_load(file, size) for file in files]
-            return await asyncio.gather(*(self.off_loop(_load, file, size) for file in files))
+            found: list[Pixels | None] = [None] * len(files)
+            if len(files) <= _QUICK_FILES:
+                found = [images.load_quickly(file, size=size) for file in files]
+            slow = (file for file, image in zip(files, found, strict=True) if image is None)
+            others = iter(await asyncio.gather(*(self.off_loop(_load, f, size) for f in slow)))
+            return [next(others) if image is None else image for image in found]
 
     def check_room(self, model: str | None) -> None:
         """Raise what asking a model for one image now would raise, before its body is read."""
