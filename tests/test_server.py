@@ -12,11 +12,13 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import numpy as np
 import pytest
+import simplejpeg
 from PIL import Image
 from serving import SECONDS, running, until
 
@@ -419,14 +421,54 @@ def test_endless_headers_close_the_connection(strict):
             connection.sendall(bytes(b"x" * 65_536))
 
 
+def long_answers(count):
+    """Requests that ask for all that is to be said of eight pictures."""
+    picture = simplejpeg.encode_jpeg(np.zeros((8, 8, 3), np.uint8))
+    part = b'--x\r\nContent-Disposition: form-data; name="f"; filename="f"\r\n\r\n' + picture
+    body = (part + b"\r\n") * 8 + b"--x--\r\n"
+    head = (
+        "POST /classify?k=200 HTTP/1.1\r\nHost: x\r\nContent-Type: multipart/form-data; boundary=x"
+        f"\r\nContent-Length: {len(body)}\r\n\r\n"
+    )
+    return (head.encode() + body) * count
+
+
 def test_a_client_that_reads_no_answers_is_let_go(strict):
     with socket.socket() as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         connection.connect((strict.host, strict.port))
-        connection.sendall(b"GET /openapi.json HTTP/1.1\r\nHost: x\r\n\r\n" * 1000)
+        connection.sendall(long_answers(60))  # of a hundred kilobytes each, more than buffers hold
         mine = connection.getsockname()
         until(lambda: mine in clients_of(strict), "it was not even taken")
         until(lambda: mine not in clients_of(strict), "the connection stays open")
+
+
+def answers_on(connection, count):
+    """Statuses of the next answers, each of a length that is said."""
+    found, received = [], b""
+    while len(found) < count:
+        head, separator, body = received.partition(b"\r\n\r\n")
+        length = re.search(rb"content-length: (\d+)", head.lower())
+        if separator and len(body) >= int(length[1]):
+            found.append(int(head[9:12]))
+            received = body[int(length[1]) :]
+            continue
+        data = connection.recv(65_536)
+        assert data, "the connection was closed"
+        received += data
+    return found
+
+
+def test_a_connection_is_kept_when_the_body_comes_after_the_answer(strict):
+    """The rest of a body that nobody waited for is no idle time, nor does it end the waiting."""
+    with connect(strict) as connection:
+        long = b"POST /classify HTTP/1.1\r\nHost: x\r\nContent-Length: 200000\r\n\r\n"
+        connection.sendall(long)
+        assert answers_on(connection, 1) == [413]
+        connection.sendall(bytes(200_000))
+        time.sleep(2 * LIMITS.head_seconds)
+        connection.sendall(b"GET /v2/health/live HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert answers_on(connection, 1) == [200]
 
 
 def clients_of(server):

@@ -45,6 +45,7 @@ warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
 _READ = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
 
 _JPEG_MAGIC = b"\xff\xd8\xff"
+_JPEG_SCAN = b"\xff\xda"
 _EXIF_MAGIC = b"Exif\x00\x00"
 _EXIF_WITHIN = 65_536
 _ORIENTATION = 0x0112  # the EXIF tag
@@ -54,7 +55,11 @@ _SPARE = 4
 many times the side that is wanted: the averaging that shrinks them hides the difference."""
 
 _LARGE = 4_000_000  # pixels
-_QUICK_BYTES, _QUICK_PIXELS = 16 * 2**10, 128 * 128
+_QUICK_BYTES = 16 * 2**10
+_QUICK_BLOCKS = 256
+"""Of 8 x 8 pixels, in which JPEGs are decoded."""
+_QUICK_SCANS = 12
+"""A progressive JPEG goes over its blocks once a scan, and usually has ten of them."""
 
 
 class _Room:
@@ -111,8 +116,10 @@ def load_quickly(data: bytes, *, size: int) -> NDArray[np.uint8] | None:
     """As :func:`load`, where that takes some ten microseconds: for most small JPEGs; else None."""
     if len(data) > _QUICK_BYTES or not data.startswith(_JPEG_MAGIC):
         return None
+    if data.count(_JPEG_SCAN) > _QUICK_SCANS or _EXIF_MAGIC in data:
+        return None
     try:
-        return resize(_decode_jpeg(data, _SPARE * size, _QUICK_PIXELS), size)
+        return resize(_decode_jpeg(data, _SPARE * size, _QUICK_BLOCKS), size)
     except ValueError:
         return None
 
@@ -208,13 +215,13 @@ def resize(image: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
     return np.array(square)
 
 
-def _decode_jpeg(data: bytes, at_least: int, at_most: int | None = None) -> NDArray[np.uint8]:
-    """ValueError for what Pillow has to decide, and for more than ``at_most`` pixels."""
+def _decode_jpeg(data: bytes, at_least: int, most_blocks: int | None = None) -> NDArray[np.uint8]:
+    """ValueError for what Pillow has to decide, and for more than ``most_blocks``."""
     height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
     if colorspace not in ("YCbCr", "Gray", "RGB"):
         raise ValueError(colorspace)
-    if at_most is not None and height * width > at_most:
-        raise ValueError("too many pixels")
+    if most_blocks is not None and -(-height // 8) * -(-width // 8) > most_blocks:
+        raise ValueError("large")
     turn = _orientation(data) if _EXIF_MAGIC in data[:_EXIF_WITHIN] else 1
     small = min(height, width) > at_least > 0
     with _room_for(height, width):

@@ -74,7 +74,10 @@ def open_rows(
 
 def document(result: Result, model: str) -> dict[str, Any]:
     """A result as JSON has it."""
-    return {**_fields(result, model), "predictions": [_prediction(p) for p in result.predictions]}
+    return {
+        **_fields(result, model),
+        "predictions": [prediction_document(p) for p in result.predictions],
+    }
 
 
 def _fields(result: Result, model: str) -> dict[str, Any]:
@@ -90,7 +93,8 @@ def _fields(result: Result, model: str) -> dict[str, Any]:
     }
 
 
-def _prediction(prediction: Prediction) -> dict[str, Any]:
+def prediction_document(prediction: Prediction) -> dict[str, Any]:
+    """A prediction as JSON has it."""
     # Not dataclasses.asdict, which copies deeply: of each image there are as many as are asked for.
     return dict(zip(_PREDICTION, _values(prediction), strict=True))
 

@@ -77,8 +77,18 @@ class Source:
     """As :func:`training.pretrained.identify` has it."""
     labels: tuple[Label, ...]
     image_size: int
+    crop: int
+    """Of an image of ``image_size``, the side of the centre that it looks at."""
     ask: Callable[[data.Pixels], Tensor]
     """From images, uint8 ``[N, image_size, image_size, 3]``, to probabilities, ``[N, classes]``."""
+
+    def answers(self, images: Tensor, boxes: augment.Boxes) -> Tensor:
+        """To what is in the boxes, all of which it sees; ``images`` is float ``[N, H, W, 3]``."""
+        seen = augment.extract(images, boxes, self.crop).round().clamp(0, 255).to(torch.uint8)
+        before = round((self.image_size - self.crop) / 2)
+        after = self.image_size - self.crop - before
+        framed = F.pad(seen, (before, after, before, after))
+        return self.ask(framed.permute(0, 2, 3, 1).contiguous().numpy())
 
 
 def open_source(path: Path, device: torch.device, precision: str) -> Source:
@@ -91,7 +101,11 @@ def open_source(path: Path, device: torch.device, precision: str) -> Source:
         engine = Engine(path)
         card = engine.card
         return Source(
-            name, card.labels, card.image_size, lambda images: torch.from_numpy(engine.run(images))
+            name,
+            card.labels,
+            card.image_size,
+            card.crop if card.views == 1 else card.image_size,
+            lambda images: torch.from_numpy(engine.run(images)),
         )
     weights = pretrained.load(path)
     network = weights.served().to(device).to(memory_format=torch.channels_last)
@@ -101,7 +115,8 @@ def open_source(path: Path, device: torch.device, precision: str) -> Source:
             answers: Tensor = network(torch.from_numpy(images).to(device))
         return answers.cpu()
 
-    return Source(pretrained.identify(path), weights.labels, weights.image_size, ask)
+    name = pretrained.identify(path)
+    return Source(name, weights.labels, weights.image_size, weights.crop, ask)
 
 
 def crops_of(view: int, recipe: Recipe, count: int, height: int, width: int) -> augment.Boxes:
@@ -110,18 +125,23 @@ def crops_of(view: int, recipe: Recipe, count: int, height: int, width: int) -> 
     ``count`` images of ``height`` x ``width`` pixels; the boxes are on the CPU.
     """
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(view)
+        torch.default_generator.manual_seed(view)  # and no GPU's
         return augment.training_crops(recipe, count, height, width, torch.device("cpu"))
 
 
-def kept_answers(sources: Sequence[Source], dataset: data.Dataset, recipe: Recipe) -> Tensor:
+def kept_answers(
+    sources: Sequence[Source],
+    dataset: data.Dataset,
+    recipe: Recipe,
+    wanted: Tensor | None = None,
+) -> list[Tensor]:
     """The mean of the teachers' answers to every view of the training images that a run shows.
 
-    Probabilities at the recipe's temperature, float16 ``[views, n, classes]``, in the order of the
-    training images. They are kept beside the decoded images for every later run that shows the
-    same views to the same teachers. Raises :class:`~tinyserve.errors.UsageError` for teachers of
-    other classes or of images of another size, and :class:`~tinyserve.errors.DataError` where the
-    answers cannot be kept.
+    For each view probabilities at the recipe's temperature, float16 ``[n, classes]``, in the order
+    of the training images; zeros but for the ``wanted`` ones, by default all. They are kept beside
+    the decoded images for every later run that shows the same to the same teachers. Raises
+    :class:`~tinyserve.errors.UsageError` for teachers of other classes or of images of another
+    size, and :class:`~tinyserve.errors.DataError` where the answers cannot be kept.
     """
     images = dataset.train.images
     for source in sources:
@@ -131,18 +151,23 @@ def kept_answers(sources: Sequence[Source], dataset: data.Dataset, recipe: Recip
                 f"the teacher {source.name} is for images of {source.image_size} px, "
                 f"not of {images.shape[1]} px"
             )
-    temperature, crops = recipe.distill_temperature, (recipe.crop, recipe.crop_area)
-    pixels = hashlib.sha256(images.data).hexdigest()
+    indices = torch.arange(len(images)) if wanted is None else wanted
+    asked = hashlib.sha256(images.data)
+    asked.update(json.dumps([[s.name, s.crop] for s in sources]).encode())
+    asked.update(indices.numpy().data)
+    asked.update(str(recipe.distill_temperature).encode())
     views = []
     for view in range(min(recipe.distill_views, recipe.epochs)):
-        asked = [pixels, [source.name for source in sources], temperature, crops, view]
-        digest = hashlib.sha256(json.dumps(asked).encode()).hexdigest()
-        path = data.cache_folder(dataset.root) / f"answers-{digest[:16]}.npy"
+        boxes = crops_of(view, recipe, *images.shape[:3])
+        about = asked.copy()
+        about.update(boxes.as_bytes())
+        path = data.cache_folder(dataset.root) / f"answers-{about.hexdigest()[:16]}.npy"
         if not path.exists():
-            boxes = crops_of(view, recipe, *images.shape[:3])
-            _keep(path, _ask(sources, images, boxes, temperature, f"teacher, view {view + 1}"))
-        views.append(torch.from_numpy(np.load(path)))
-    return torch.stack(views)
+            title = f"teacher, view {view + 1}"
+            answers = _ask(sources, images, boxes, indices, recipe.distill_temperature, title)
+            _keep(path, answers)
+        views.append(torch.from_numpy(np.load(path, mmap_mode="c")))
+    return views
 
 
 def _keep(path: Path, answers: Tensor) -> None:
@@ -163,22 +188,22 @@ def _ask(
     sources: Sequence[Source],
     images: data.Pixels,
     boxes: augment.Boxes,
+    wanted: Tensor,
     temperature: float,
     title: str,
 ) -> Tensor:
-    size = images.shape[1]
-    answers = []
-    with tqdm(total=len(images), desc=title, unit="image", disable=None) as bar:
-        for start in range(0, len(images), _ASKED_AT_ONCE):
-            part = slice(start, start + _ASKED_AT_ONCE)
-            whole = torch.from_numpy(images[part]).float()
-            seen = augment.extract(whole, boxes[part], size).round().clamp(0, 255)
-            batch = seen.to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
+    answers = torch.zeros(len(images), len(sources[0].labels), dtype=torch.float16)
+    with tqdm(total=len(wanted), desc=title, unit="image", disable=None) as bar:
+        for indices in wanted.split(_ASKED_AT_ONCE):
+            pixels = torch.from_numpy(images[indices.numpy()]).float()
             # Softmax of logits over T, from the softmax of the logits.
-            soft = [(source.ask(batch).log() / temperature).softmax(dim=1) for source in sources]
-            answers.append(torch.stack(soft).mean(dim=0).half())
-            bar.update(len(batch))
-    return torch.cat(answers)
+            soft = [
+                (source.answers(pixels, boxes[indices]).log() / temperature).softmax(dim=1)
+                for source in sources
+            ]
+            answers[indices] = torch.stack(soft).mean(dim=0).half()
+            bar.update(len(indices))
+    return answers
 
 
 def _check_classes(teacher: str, known: Sequence[Label], classes: Sequence[Label]) -> None:

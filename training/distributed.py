@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -54,6 +55,9 @@ class Workers:
 
 ALONE = Workers()
 
+_OTHERS_WAIT = timedelta(hours=6)
+"""While the first decodes the images, or asks a teacher about them."""
+
 
 @contextmanager
 def joined(device: torch.device) -> Iterator[Workers]:
@@ -74,7 +78,7 @@ def joined(device: torch.device) -> Iterator[Workers]:
             )
         torch.cuda.set_device(local)
     try:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_OTHERS_WAIT)
     except ValueError as error:
         raise UsageError(
             f"WORLD_SIZE is {count}, but torchrun did not start this: {error}"

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from training import augment, hardware
 
-BATCH = 64
+BATCH, GPU_BATCH = 64, 500
 
 
 class ServedNetwork(nn.Module):
@@ -139,7 +139,7 @@ def served_accuracy(served: ServedNetwork, images: Tensor, labels: Tensor) -> Sc
     counter = _Counter(images.device)
     served.eval()
     with torch.inference_mode():
-        for indices in _batches(len(labels)):
+        for indices in _batches(labels):
             probabilities = served(images[indices])
             counter.add(probabilities.clamp(min=1e-30).log(), labels[indices])
     return counter.score()
@@ -168,7 +168,7 @@ def view_accuracy(
         torch.inference_mode(),
         hardware.autocast(device, precision),
     ):
-        for indices in _batches(len(labels)):
+        for indices in _batches(labels):
             pixels = augment.normalise(images[indices], mean, std)
             count, height, width, _ = pixels.shape
             mean_probabilities = torch.zeros((), device=device)
@@ -182,6 +182,7 @@ def view_accuracy(
     return counter.score()
 
 
-def _batches(count: int) -> Iterator[slice]:
-    for start in range(0, count, BATCH):
-        yield slice(start, start + BATCH)
+def _batches(labels: Tensor) -> Iterator[slice]:
+    size = BATCH if labels.device.type == "cpu" else GPU_BATCH
+    for start in range(0, len(labels), size):
+        yield slice(start, start + size)

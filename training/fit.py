@@ -43,7 +43,7 @@ from training.models import ARCHS, count_parameters
 from training.recipes import RECIPES, SMALLEST_IMAGE, Recipe
 from training.records import RESULT, SINGLE, TEN
 from training.run import Config, Row, Run, commit
-from training.trainer import Trainer
+from training.trainer import Trainer, used_images
 
 LARGEST_IMAGE = 1024
 """Pixels, of ``--image-size``."""
@@ -120,10 +120,13 @@ def _fit_from_files(
         )
     out = arguments.out or Path("runs") / f"{config.arch}-{config.recipe.name}"
     run = Run(out, config, dataset, resume=arguments.resume, workers=workers)
-    answers = None
+    answers: list[Tensor] = []
     if sources:
+        # All images, if they may be: for runs with and without --holdout.
+        few = None if config.limit_train is None else used_images(dataset, config.limit_train)
         with workers.first_before_others():  # as above
-            answers = distill.kept_answers(sources, dataset, config.recipe)
+            answers = distill.kept_answers(sources, dataset, config.recipe, few)
+        sources.clear()  # not kept in memory for the whole run
     trainer = Trainer(
         config,
         dataset,
@@ -304,7 +307,7 @@ def _finish(
         scores[TEN] = trainer.view_accuracy(served.network, recipe.final_size, augment.TEN_CROPS)
     single = scores[SINGLE]
     training = dataclasses.replace(weights.training, val_top1=single.top1, val_top5=single.top5)
-    run.save_weights(dataclasses.replace(weights, training=training))
+    # Before the weights, whose presence says that a run is done.
     run.write_json(
         RESULT,
         {
@@ -314,6 +317,7 @@ def _finish(
             "peak_memory_bytes": hardware.peak_memory(trainer.device),
         },
     )
+    run.save_weights(dataclasses.replace(weights, training=training))
     for views, score in scores.items():
         low, high = wilson_interval(score.correct_top1, score.images)
         print(
@@ -506,7 +510,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--holdout", type=int, default=0, metavar="N", help="validate on N training images")
     add("--image-size", type=int, default=64, help="side of stored images, default: %(default)s px")
-    add("--time-limit", type=float, metavar="SECONDS", help="stop then, for --resume to go on")
+    add(
+        "--time-limit",
+        type=float,
+        metavar="SECONDS",
+        help="stop training then, for --resume to go on",
+    )
     add("--compile", action="store_true", help="use torch.compile: pays back in long runs on GPUs")
     add("--skip-bad", action="store_true", help="go on without images that cannot be read")
     return parser

@@ -4,8 +4,10 @@ import csv
 import dataclasses
 import io
 import json
+import math
 import platform
 import subprocess
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,9 @@ from training.distributed import ALONE, Workers
 from training.plots import draw_curves
 from training.recipes import Recipe
 from training.records import CONFIG, HISTORY
+
+DRAWN_EVERY = 20.0
+"""Seconds; a short epoch on a GPU does not take much longer than to draw its curves."""
 
 Row = dict[str, Any]
 """One epoch, a row of history.csv."""
@@ -67,6 +72,7 @@ class Run:
     ) -> None:
         self.folder = folder
         self._writes = workers.first
+        self._drawn = -math.inf
         self._identity = {
             "config": json.loads(json.dumps(dataclasses.asdict(config))),
             "dataset": {"name": dataset.name, "fingerprint": dataset.fingerprint},
@@ -106,7 +112,7 @@ class Run:
             checkpoint.save_weights(self.folder, weights)
 
     def write_history(self, history: list[Row], title: str, recipe: Recipe) -> None:
-        """Replace ``history.csv``, one row an epoch, and the curves drawn from it."""
+        """Replace ``history.csv``, one row an epoch, and now and then the curves drawn from it."""
         if not self._writes:
             return
         buffer = io.StringIO()
@@ -115,8 +121,11 @@ class Run:
         writer.writerows(history)
         with checkpoint.replacing(self.folder / HISTORY) as partial:
             partial.write_text(buffer.getvalue(), encoding="utf-8")
-        with checkpoint.replacing(self.folder / "curves.png") as partial:
-            draw_curves(partial, title, history, recipe)
+        now = time.monotonic()
+        if now - self._drawn > DRAWN_EVERY or len(history) == recipe.epochs:
+            self._drawn = now
+            with checkpoint.replacing(self.folder / "curves.png") as partial:
+                draw_curves(partial, title, history, recipe)
 
     def write_json(self, name: str, document: Any) -> None:
         """Replace a JSON file, in one step."""

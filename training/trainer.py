@@ -62,8 +62,9 @@ class Trainer:
     """On a CPU: numbers that all layers give for each pixel of an image."""
     _order: Tensor | None
     """The epoch's permutation of the training images; drawn at its first step."""
-    _crops: augment.Boxes | None
-    """The epoch's crops of all images, where a teacher was asked about them; made as above."""
+    _view: tuple[augment.Boxes, Tensor] | None
+    """The epoch's crops of all images and the answers to them, where a teacher was asked before;
+    made as above."""
     _sums: Tensor
     """Loss and hits of the epoch so far, in this process."""
 
@@ -75,7 +76,7 @@ class Trainer:
         *,
         initial: Weights | None = None,
         teachers: Sequence[Weights] = (),
-        answers: Tensor | None = None,
+        answers: Sequence[Tensor] = (),
         workers: Workers = ALONE,
     ) -> None:
         recipe = config.recipe
@@ -86,7 +87,7 @@ class Trainer:
             torch.from_numpy(dataset.val.images).to(device),
             torch.from_numpy(dataset.val.labels).to(device),
         )
-        self.subset = _subset(dataset, config.limit_train).to(device)
+        self.subset = used_images(dataset, config.limit_train).to(device)
         self.batch_size = min(recipe.batch_size, len(self.subset))
         if self.batch_size % workers.count:
             raise UsageError(
@@ -125,7 +126,7 @@ class Trainer:
         self.teacher: Teacher | None = None
         if teachers:
             self.teacher = Teacher(teachers, dataset.classes, self.mean, self.std).to(device)
-        self.answers = None if answers is None else answers.to(device)
+        self.views = answers
         self.mixes: dict[str, nn.Module] = {
             "cutmix": v2.CutMix(num_classes=len(dataset.classes)),
             "mixup": v2.MixUp(num_classes=len(dataset.classes), alpha=0.2),
@@ -300,7 +301,7 @@ class Trainer:
 
     def _start_epoch(self) -> None:
         self._order = None
-        self._crops = None
+        self._view = None
         self._sums = torch.zeros(2, dtype=torch.float64, device=self.device)
         self._epoch_began = None
         self._seconds_before = 0.0
@@ -325,17 +326,14 @@ class Trainer:
         """Where to crop the images of a batch."""
         recipe = self.config.recipe
         _, height, width, _ = self.images.shape
-        if self.answers is None:
+        if not self.views:
             return augment.training_crops(recipe, len(indices), height, width, self.device)
-        if self._crops is None:
-            count = len(self.images)
-            self._crops = crops_of(self._view(), recipe, count, height, width).to(self.device)
-        return self._crops[indices]
-
-    def _view(self) -> int:
-        """Which of the crops that the teacher was asked about an epoch shows."""
-        assert self.answers is not None
-        return self.step // self.steps_per_epoch % len(self.answers)
+        if self._view is None:
+            number = self.step // self.steps_per_epoch % len(self.views)
+            crops = crops_of(number, recipe, len(self.images), height, width)
+            self._view = crops.to(self.device), self.views[number].to(self.device)
+        crops, _ = self._view
+        return crops[indices]
 
     def _choose_mix(self) -> nn.Module | None:
         """What to mix this step's images with each other by, if at all."""
@@ -354,8 +352,8 @@ class Trainer:
 
     def _wanted(self, x: Tensor, indices: Tensor) -> Tensor | None:
         """What the teacher answers, probabilities ``[N, classes]``, if there is one."""
-        if self.answers is not None:
-            return self.answers[self._view(), indices].float()
+        if self._view is not None:
+            return self._view[1][indices].float()
         if self.teacher is None:
             return None
         with torch.no_grad(), hardware.autocast(self.device, self.precision):
@@ -478,7 +476,7 @@ def _parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
     ]
 
 
-def _subset(dataset: Dataset, limit: int | None) -> Tensor:
+def used_images(dataset: Dataset, limit: int | None) -> Tensor:
     """Indices of the training images to use: all that are not held out, or ``limit`` of them drawn
     at random, always the same."""
     kept = torch.ones(len(dataset.train), dtype=torch.bool)

@@ -7,7 +7,7 @@ import torch
 
 from tinyserve.errors import DataError, UsageError
 from training import augment, checkpoint, data, export
-from training.distill import Teacher, crops_of, divergence, kept_answers, open_source
+from training.distill import Source, Teacher, crops_of, divergence, kept_answers, open_source
 from training.models import ARCHS
 from training.recipes import RECIPES, Recipe
 
@@ -101,12 +101,13 @@ def two_views(**changes: object) -> Recipe:
     return dataclasses.replace(RECIPES["cpu"]("baseline"), **settings)
 
 
-def views_of(pictures: torch.Tensor, recipe: Recipe) -> list[torch.Tensor]:
-    """What a teacher of 16 px is shown, uint8 ``[N, 16, 16, 3]``, of each of two views."""
-    pixels = pictures.float()
+def views_of(pictures: torch.Tensor, recipe: Recipe, side: int) -> list[torch.Tensor]:
+    """What a teacher of 16 px that looks at so many of them is shown, of each of two views."""
+    pixels, edge = pictures.float(), (16 - side) // 2
     crops = [crops_of(view, recipe, len(pictures), 16, 16) for view in range(2)]
-    views = [augment.extract(pixels, boxes, 16).round().clamp(0, 255) for boxes in crops]
-    return [view.to(torch.uint8).permute(0, 2, 3, 1) for view in views]
+    views = [augment.extract(pixels, boxes, side).round().clamp(0, 255) for boxes in crops]
+    framed = [torch.nn.functional.pad(view.to(torch.uint8), (edge,) * 4) for view in views]
+    return [view.permute(0, 2, 3, 1) for view in framed]
 
 
 @pytest.fixture
@@ -124,6 +125,7 @@ def answers_of(dataset, tmp_path):
         *teachers: checkpoint.Weights,
         name: str | None = None,
         dataset: data.Dataset = dataset,
+        wanted: torch.Tensor | None = None,
         **changes: object,
     ) -> torch.Tensor:
         sources = []
@@ -133,7 +135,7 @@ def answers_of(dataset, tmp_path):
             checkpoint.save_weights(folder, weights)
             source = open_source(folder, torch.device("cpu"), "fp32")
             sources.append(dataclasses.replace(source, name=name or source.name))
-        return kept_answers(sources, dataset, two_views(**changes))
+        return torch.stack(kept_answers(sources, dataset, two_views(**changes), wanted))
 
     return answers
 
@@ -146,7 +148,7 @@ def test_answers_are_those_of_the_served_networks_at_a_temperature(
     with torch.inference_mode():
         expected = torch.zeros(2, 6, 3)
         for weights in teachers:
-            for view, shown in enumerate(views_of(pictures, two_views())):
+            for view, shown in enumerate(views_of(pictures, two_views(), weights.crop)):
                 logits = weights.served().logits(shown)
                 expected[view] += (logits / 2.0).softmax(dim=1) / 2
     found = answers_of(*teachers)
@@ -154,6 +156,26 @@ def test_answers_are_those_of_the_served_networks_at_a_temperature(
     assert torch.allclose(found.float(), expected, atol=1e-3)
     # Other crops have other answers, or it would not matter which are asked about.
     assert (expected[0] - expected[1]).abs().max() > 0.01
+
+
+def test_a_teacher_that_looks_at_the_centre_sees_the_whole_crop(small_weights, pictures):
+    """So that it is asked about what the student is shown, and not about its inside."""
+    asked = []
+    labels = small_weights.labels
+    source = Source("one", labels, 16, 12, lambda images: asked.append(images) or torch.ones(6, 3))
+    boxes = crops_of(0, two_views(), 6, 16, 16)
+    source.answers(pictures.float(), boxes)
+    expected = augment.extract(pictures.float(), boxes, 12).round().clamp(0, 255)
+    (images,) = asked
+    assert images.dtype == np.uint8 and images.shape == (6, 16, 16, 3)
+    assert torch.equal(torch.from_numpy(images[:, 2:14, 2:14]).permute(0, 3, 1, 2), expected.byte())
+
+
+def test_only_the_images_that_are_wanted_are_asked_about(small_weights, answers_of):
+    every = answers_of(small_weights)
+    some = answers_of(small_weights, wanted=torch.tensor([1, 4]))
+    assert torch.allclose(some[:, [1, 4]], every[:, [1, 4]], atol=1e-3)
+    assert (some[:, [0, 2, 3, 5]] == 0).all()
 
 
 def test_crops_are_the_same_in_every_run_and_others_in_every_view():

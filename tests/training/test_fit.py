@@ -487,7 +487,7 @@ def test_a_run_learns_what_was_answered_about_each_image(make_trainer, photos):
     )
     dataset = data.load(photos)
     following = torch.eye(3)[(dataset.train.labels + 1) % 3]
-    trainer = Trainer(config, dataset, CPU, answers=following.half()[None])
+    trainer = Trainer(config, dataset, CPU, answers=[following.half()])
     while trainer.step < trainer.steps:
         trainer.train_step()
         if trainer.step % trainer.steps_per_epoch == 0:
@@ -502,7 +502,7 @@ def test_a_run_shows_what_its_teacher_was_asked_about(make_trainer, photos):
     )
     config = dataclasses.replace(make_trainer(limit_train=None).config, recipe=recipe)
     dataset = data.load(photos)
-    answers = torch.arange(2.0)[:, None, None].expand(2, len(dataset.train), 3).half()
+    answers = [torch.full((len(dataset.train), 3), view).half() for view in (0.0, 1.0)]
     trainer = Trainer(config, dataset, CPU, answers=answers)
     indices = torch.tensor([5, 0, 26])
     for view in (0, 1, 0):

@@ -15,6 +15,8 @@ GONE = "tinyserve.gone"
 """In the scope of a request: a future that is done when its connection is lost. A task that waits
 for the message of that would cost more than all else that is done for a small request."""
 
+_PIECE = 256 * 2**10
+
 
 class Bodies:
     """Reads bodies, and knows how many bytes of them all requests hold."""
@@ -73,7 +75,9 @@ async def files_of(request: Request, body: bytes, most: int) -> list[tuple[str, 
     """
 
     async def chunks() -> AsyncGenerator[bytes, None]:
-        yield body
+        for start in range(0, len(body), _PIECE):
+            yield body[start : start + _PIECE]
+            await asyncio.sleep(0)  # the parser holds the event loop for milliseconds each time
         if not parser.whole:
             raise RequestError(400, "the form is cut off")
 
@@ -121,9 +125,11 @@ def _while_connected(request: Request) -> Iterator[None]:
     assert task is not None
     if gone.done():
         raise ClientDisconnect
+    inside = True
 
     def leave(_: asyncio.Future[None]) -> None:
-        task.cancel()
+        if inside:  # a callback that was due already cannot be removed
+            task.cancel()
 
     gone.add_done_callback(leave)
     try:
@@ -133,4 +139,5 @@ def _while_connected(request: Request) -> Iterator[None]:
             raise ClientDisconnect from None
         raise
     finally:
+        inside = False
         gone.remove_done_callback(leave)

@@ -1,6 +1,5 @@
 """The routes that compute: ``infer`` of the protocol, and ``/classify``."""
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Annotated, Any
 
@@ -9,7 +8,10 @@ from fastapi import FastAPI, Query, Request, Response
 from fastapi.responses import JSONResponse
 from numpy.typing import NDArray
 
+from tinyserve.classifier import likeliest
 from tinyserve.errors import ImageError, RequestError
+from tinyserve.modelfile import Label
+from tinyserve.output import prediction_document
 from tinyserve.server import protocol, schema
 from tinyserve.server.body import files_of
 from tinyserve.server.models import Model
@@ -111,39 +113,59 @@ def add_classify(app: FastAPI, service: Service) -> None:
                 files = [("", body)]
             name, live = service.models.get(model)
             request.state.model, request.state.images = name, len(files)
-            found = await top([data for _, data in files], live, k)
-        if kind != "multipart/form-data":
-            (only,) = found
-            if isinstance(only, ImageError):
-                raise only
-            return JSONResponse({"model": name, "predictions": only})
-        results = [
-            {"file": file, "error": str(answer)}
-            if isinstance(answer, ImageError)
-            else {"file": file, "predictions": answer}
-            for (file, _), answer in zip(files, found, strict=True)
-        ]
-        if all("error" in result for result in results):
-            error = {"error": "no file is a usable picture", "results": results}
-            return JSONResponse(error, 422)
-        return JSONResponse({"model": name, "results": results})
+            decoded, rows = await compute([data for _, data in files], live)
+        names = [name for name, _ in files] if kind == "multipart/form-data" else None
+        arguments = (name, names, decoded, rows, live.classifier.card.labels, k)
+        if len(files) > _QUICK_ROWS:
+            return await service.off_loop(_likeliest_of_each, *arguments)
+        return _likeliest_of_each(*arguments)
 
-    async def top(
-        files: Sequence[bytes], live: Model, k: int
-    ) -> list[list[dict[str, Any]] | ImageError]:
+    async def compute(
+        files: Sequence[bytes], live: Model
+    ) -> tuple[list[protocol.Pixels | ImageError], NDArray[np.float32]]:
         service.check_count(len(files))
-        classifier = live.classifier
+        card = live.classifier.card
         with live.batcher.place(len(files)) as submit:
-            decoded = await service.decode(files, classifier.card.image_size)
+            decoded = await service.decode(files, card.image_size)
             good = [image for image in decoded if not isinstance(image, ImageError)]
+            if not good:
+                return decoded, np.empty((0, len(card.labels)), np.float32)
             with service.metrics.stage("compute"):
-                rows = iter(await submit(np.stack(good)) if good else ())
-        return [
-            image
-            if isinstance(image, ImageError)
-            else [dataclasses.asdict(prediction) for prediction in classifier.top(next(rows), k)]
-            for image in decoded
-        ]
+                return decoded, await submit(np.stack(good))
+
+
+def _likeliest_of_each(
+    model: str,
+    names: Sequence[str] | None,
+    decoded: Sequence[protocol.Pixels | ImageError],
+    rows: NDArray[np.float32],
+    labels: Sequence[Label],
+    k: int,
+) -> Response:
+    """What is said of files with ``names``, or of a single picture; ``rows`` are of the good ones.
+
+    Raises the :class:`ImageError` of a picture that is none.
+    """
+    of_rows = iter(likeliest(rows, labels, k))
+    found = [
+        image if isinstance(image, ImageError) else [*map(prediction_document, next(of_rows))]
+        for image in decoded
+    ]
+    if names is None:
+        (only,) = found
+        if isinstance(only, ImageError):
+            raise only
+        return JSONResponse({"model": model, "predictions": only})
+    results = [
+        {"file": name, "error": str(answer)}
+        if isinstance(answer, ImageError)
+        else {"file": name, "predictions": answer}
+        for name, answer in zip(names, found, strict=True)
+    ]
+    if all("error" in result for result in results):
+        error = {"error": "no file is a usable picture", "results": results}
+        return JSONResponse(error, 422)
+    return JSONResponse({"model": model, "results": results})
 
 
 def _content_type(request: Request, known: Sequence[str]) -> str:

@@ -9,17 +9,15 @@ import socket
 import time
 from collections.abc import Iterator
 from types import FrameType
-from typing import Any, cast
 
 import uvicorn
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from tinyserve.devices import device_name
 from tinyserve.errors import UsageError
-from tinyserve.server import Limits, Settings
+from tinyserve.server import Settings
 from tinyserve.server.access import Access, read_keys
 from tinyserve.server.app import Shortcut, build_app
-from tinyserve.server.body import GONE
+from tinyserve.server.connection import protocol
 from tinyserve.server.page import add_page
 from tinyserve.server.service import Service
 
@@ -77,7 +75,7 @@ class _Server(uvicorn.Server):
         self._work: asyncio.Task[None] | None = None
         config = uvicorn.Config(
             access,
-            http=_protocol(limits),
+            http=protocol(limits),
             ws="none",
             # uvloop accepts one connection a turn, in which all others are served: in a rush, those
             # that come wait for seconds.
@@ -124,94 +122,6 @@ class _Server(uvicorn.Server):
         assert self._work is not None
         self._work.cancel()
         await super().shutdown(sockets)
-
-
-class _Together:
-    """A transport that sends in one piece what is written in one turn of the event loop: head and
-    body of an answer, which Uvicorn writes one after the other."""
-
-    def __init__(self, transport: Any, loop: asyncio.AbstractEventLoop) -> None:
-        self._transport, self._loop = transport, loop
-        self._pieces: list[bytes] = []
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._transport, name)
-
-    def write(self, data: bytes) -> None:
-        if not self._pieces:
-            self._loop.call_soon(self.flush)
-        self._pieces.append(data)
-
-    def flush(self) -> None:
-        if self._pieces:
-            self._transport.write(b"".join(self._pieces))
-            self._pieces.clear()
-
-    def close(self) -> None:
-        self.flush()
-        self._transport.close()
-
-
-def _protocol(limits: Limits) -> type[HttpToolsProtocol]:
-    """Uvicorn's side of a connection, for a world with slow clients and endless headers."""
-
-    class Protocol(HttpToolsProtocol):
-        _in_head = True
-        _head_bytes = 0
-        _timer: asyncio.TimerHandle | None = None
-
-        def connection_made(self, transport: Any) -> None:
-            self._gone = self.loop.create_future()
-            self._together = _Together(transport, self.loop)
-            super().connection_made(cast(asyncio.Transport, self._together))
-            self._start_timer()
-
-        def connection_lost(self, exc: Exception | None) -> None:
-            self._stop_timer()
-            self._gone.set_result(None)
-            super().connection_lost(exc)
-
-        def data_received(self, data: bytes) -> None:
-            super().data_received(data)
-            if self.cycle is not None and not self.cycle.response_complete:
-                self._stop_timer()
-            else:
-                self._start_timer()
-            self._head_bytes = self._head_bytes + len(data) if self._in_head else 0
-            if self._head_bytes > limits.head_bytes:
-                self.transport.abort()
-
-        def on_message_begin(self) -> None:
-            self._in_head = True
-            super().on_message_begin()
-            cast(dict[str, Any], self.scope)[GONE] = self._gone
-
-        def on_headers_complete(self) -> None:
-            self._in_head = False
-            super().on_headers_complete()
-
-        def on_response_complete(self) -> None:
-            super().on_response_complete()
-            if self._in_head:  # what came of the next request is all so far
-                self._start_timer()
-            self._together.flush()
-            if self.transport.get_write_buffer_size():
-                self.loop.call_later(limits.answer_seconds, self._abort_if_unread)
-
-        def _abort_if_unread(self) -> None:
-            if self.transport.get_write_buffer_size():
-                self.transport.abort()
-
-        def _start_timer(self) -> None:
-            if self._timer is None and not self.transport.is_closing():
-                self._timer = self.loop.call_later(limits.head_seconds, self.transport.abort)
-
-        def _stop_timer(self) -> None:
-            if self._timer is not None:
-                self._timer.cancel()
-                self._timer = None
-
-    return Protocol
 
 
 def _bind(host: str, port: int) -> socket.socket:

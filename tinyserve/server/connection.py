@@ -1,0 +1,137 @@
+"""Uvicorn's side of a connection, for a world with slow clients and endless headers."""
+
+import asyncio
+from typing import Any, cast
+
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from tinyserve.server import Limits
+from tinyserve.server.body import GONE
+
+_MOST_PIPELINED = 64
+"""Requests that wait for the answers to those before them."""
+
+
+def protocol(limits: Limits) -> type[HttpToolsProtocol]:
+    """Uvicorn's protocol, with limits of time and of bytes; it puts :data:`GONE` into scopes."""
+
+    class Protocol(HttpToolsProtocol):
+        _in_message = False
+        """Whether a request has begun to come and has not come whole."""
+        _progress = False
+        """Whether what was read last brought a part of a body or the end of a request."""
+        _other_bytes = 0
+        """Read since then: of a head, of what a chunked body has between or behind its chunks."""
+        _head_timer: asyncio.TimerHandle | None = None
+        _unread_timer: asyncio.TimerHandle | None = None
+
+        def connection_made(self, transport: Any) -> None:
+            self._gone = self.loop.create_future()
+            self._together = _Together(transport, self.loop)
+            super().connection_made(cast(asyncio.Transport, self._together))
+            self._start_head_timer()
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            self._stop_head_timer()
+            self._stop_unread_timer()
+            self._gone.set_result(None)
+            super().connection_lost(exc)
+
+        def data_received(self, data: bytes) -> None:
+            self._progress = False
+            super().data_received(data)
+            self._other_bytes = 0 if self._progress else self._other_bytes + len(data)
+            if self._other_bytes > limits.head_bytes:
+                self.transport.abort()
+            if self.cycle is not None and not self.cycle.response_complete:
+                self._stop_head_timer()
+            elif self._in_message:  # a head, or what is left of a body after an early answer
+                self._start_head_timer()
+            else:
+                self._wait_for_a_request()
+
+        def on_message_begin(self) -> None:
+            self._in_message = True
+            super().on_message_begin()
+
+        def on_headers_complete(self) -> None:
+            if len(self.pipeline) >= _MOST_PIPELINED:
+                raise ConnectionError("too many requests at once")  # to the parser, which stops
+            cast(dict[str, Any], self.scope)[GONE] = self._gone
+            super().on_headers_complete()
+
+        def on_body(self, body: bytes) -> None:
+            self._progress = True
+            super().on_body(body)
+
+        def on_message_complete(self) -> None:
+            self._progress, self._in_message = True, False
+            super().on_message_complete()
+            if not self.pipeline:
+                # A long body paused it. Whether the client is still there is only seen by reading.
+                self.flow.resume_reading()
+
+        def on_response_complete(self) -> None:
+            super().on_response_complete()
+            if self._in_message:
+                self._start_head_timer()
+            self._together.flush()
+            self._stop_unread_timer()
+            if self.transport.get_write_buffer_size():
+                self._unread_timer = self.loop.call_later(
+                    limits.answer_seconds, self._abort_if_unread
+                )
+
+        def _wait_for_a_request(self) -> None:
+            """As Uvicorn does after an answer, which may have been before the request's end."""
+            self._stop_head_timer()
+            if self.timeout_keep_alive_task is None and not self.transport.is_closing():
+                self.timeout_keep_alive_task = self.loop.call_later(
+                    self.timeout_keep_alive, self.timeout_keep_alive_handler
+                )
+
+        def _abort_if_unread(self) -> None:
+            if self.transport.get_write_buffer_size():
+                self.transport.abort()
+
+        def _start_head_timer(self) -> None:
+            if self._head_timer is None and not self.transport.is_closing():
+                self._head_timer = self.loop.call_later(limits.head_seconds, self.transport.abort)
+
+        def _stop_head_timer(self) -> None:
+            if self._head_timer is not None:
+                self._head_timer.cancel()
+                self._head_timer = None
+
+        def _stop_unread_timer(self) -> None:
+            if self._unread_timer is not None:
+                self._unread_timer.cancel()
+                self._unread_timer = None
+
+    return Protocol
+
+
+class _Together:
+    """A transport that sends in one piece what is written in one turn of the event loop: head and
+    body of an answer, which Uvicorn writes one after the other."""
+
+    def __init__(self, transport: Any, loop: asyncio.AbstractEventLoop) -> None:
+        self._transport, self._loop = transport, loop
+        self._pieces: list[bytes] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def write(self, data: bytes) -> None:
+        if not self._pieces:
+            self._loop.call_soon(self.flush)
+        self._pieces.append(data)
+
+    def flush(self) -> None:
+        if self._pieces:
+            self._transport.write(b"".join(self._pieces))
+            self._pieces.clear()
+
+    def close(self) -> None:
+        self.flush()
+        self._transport.close()
