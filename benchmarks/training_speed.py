@@ -38,9 +38,9 @@ PREFETCHED = 2
 class Fed(Trainer):
     """A trainer that draws no crops."""
 
-    def _boxes(self, indices: Tensor) -> augment.Boxes:
+    def _boxes(self) -> augment.Boxes:
         return augment.placed_crops(
-            len(indices), *self.images.shape[1:3], self.config.recipe.crop, self.device
+            self.batch_size, *self.images.shape[1:3], self.config.recipe.crop, self.device
         )
 
 

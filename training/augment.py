@@ -14,8 +14,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from training.recipes import Recipe
-
 Views = tuple[tuple[float, float, bool], ...]
 """Evaluation views: vertical and horizontal place of the crop, as fractions of the free space, and
 whether it is mirrored."""
@@ -42,21 +40,11 @@ class Boxes:
     flip: Tensor
     """bool: mirror left and right."""
 
-    def __getitem__(self, part: slice | Tensor) -> "Boxes":
+    def __getitem__(self, part: slice) -> "Boxes":
         """The regions of some of the images."""
         return Boxes(
             self.top[part], self.left[part], self.height[part], self.width[part], self.flip[part]
         )
-
-    def to(self, device: torch.device) -> "Boxes":
-        """The same regions on a device."""
-        fields = (self.top, self.left, self.height, self.width, self.flip)
-        return Boxes(*(field.to(device) for field in fields))
-
-    def as_bytes(self) -> bytes:
-        """What tells them from other regions."""
-        fields = (self.top, self.left, self.height, self.width, self.flip)
-        return b"".join(field.numpy(force=True).tobytes() for field in fields)
 
 
 def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
@@ -100,15 +88,6 @@ def random_resized_crops(
         width=box_width,
         flip=torch.rand(count, device=device) < 0.5,
     )
-
-
-def training_crops(
-    recipe: Recipe, count: int, height: int, width: int, device: torch.device
-) -> Boxes:
-    """The random regions that a recipe trains on."""
-    if recipe.crop_area is None:
-        return random_crops(count, height, width, recipe.crop, device)
-    return random_resized_crops(count, height, width, recipe.crop_area, device)
 
 
 def placed_crops(

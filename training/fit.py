@@ -43,7 +43,7 @@ from training.models import ARCHS, count_parameters
 from training.recipes import RECIPES, SMALLEST_IMAGE, Recipe
 from training.records import RESULT, SINGLE, TEN
 from training.run import Config, Row, Run, commit
-from training.trainer import Trainer, used_images
+from training.trainer import Trainer
 
 LARGEST_IMAGE = 1024
 """Pixels, of ``--image-size``."""
@@ -105,7 +105,7 @@ def _fit_from_files(
 ) -> None:
     initial = None if arguments.init is None else pretrained.load(arguments.init)
     teachers, sources = [], []
-    if config.recipe.distill_views:
+    if config.recipe.distill_once:
         sources = [
             distill.open_source(path, device, config.precision) for path in arguments.teacher
         ]
@@ -120,13 +120,10 @@ def _fit_from_files(
         )
     out = arguments.out or Path("runs") / f"{config.arch}-{config.recipe.name}"
     run = Run(out, config, dataset, resume=arguments.resume, workers=workers)
-    answers: list[Tensor] = []
+    answers = None
     if sources:
-        # All images, if they may be: for runs with and without --holdout.
-        few = None if config.limit_train is None else used_images(dataset, config.limit_train)
         with workers.first_before_others():  # as above
-            answers = distill.kept_answers(sources, dataset, config.recipe, few)
-        sources.clear()  # not kept in memory for the whole run
+            answers = distill.kept_answers(sources, dataset, config.recipe.distill_temperature)
     trainer = Trainer(
         config,
         dataset,
@@ -365,9 +362,9 @@ def _configure(arguments: argparse.Namespace) -> tuple[Config, torch.device]:
         raise UsageError(f"crops of {recipe.crop} px do not fit images of {arguments.image_size}")
     if arguments.time_limit is not None and not arguments.time_limit >= 0:
         raise UsageError("--time-limit must be at least 0")
-    if arguments.teacher and recipe.distill_views and (recipe.cutmix or recipe.mixup):
+    if arguments.teacher and recipe.distill_once and (recipe.cutmix or recipe.mixup):
         raise UsageError(
-            "mixed images need a teacher that sees them: --set distill_views=0, or cutmix=0 and "
+            "mixed images need a teacher that sees them: --set distill_once=false, or cutmix=0 and "
             "mixup=0"
         )
     _check_sizes(arguments.arch, recipe)
@@ -510,12 +507,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--holdout", type=int, default=0, metavar="N", help="validate on N training images")
     add("--image-size", type=int, default=64, help="side of stored images, default: %(default)s px")
-    add(
-        "--time-limit",
-        type=float,
-        metavar="SECONDS",
-        help="stop training then, for --resume to go on",
-    )
+    add("--time-limit", type=float, metavar="SECONDS", help="stop then, for --resume to go on")
     add("--compile", action="store_true", help="use torch.compile: pays back in long runs on GPUs")
     add("--skip-bad", action="store_true", help="go on without images that cannot be read")
     return parser

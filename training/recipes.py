@@ -47,12 +47,10 @@ class Recipe:
     distill_weight: float = 0.7
     """With a teacher: weight of the divergence from it; the labels' loss has the rest."""
     distill_temperature: float = 2.0
-    distill_views: int = 0
-    """With a teacher: ask it once about so many random crops of every image, and show the student
-    those alone, a new one each epoch until they begin again. 0: ask it at every step about what the
-    student is shown. The answers to few crops are kept for many epochs, and what a model file is
-    asked runs as fast as it is served. Not with CutMix or MixUp, whose images nobody was asked
-    about."""
+    distill_once: bool = False
+    """Ask a teacher once about each whole image and keep its answers, instead of at every step
+    about the view that the student gets: that costs the time of less than an epoch, not most of
+    every step. Not with CutMix or MixUp, which show what the teacher was not asked about."""
     batch_norm: bool
     """Add batch norm where the paper's layout has none."""
     dropout: float | None = None
@@ -100,8 +98,6 @@ class Recipe:
                 raise UsageError(f"{name.replace('_', ' ')} must be at least 0 and below 1")
         if not self.clip_norm > 0 or not self.distill_temperature > 0:
             raise UsageError("the clipped norm and the temperature of distilling must be above 0")
-        if self.distill_views < 0:
-            raise UsageError("the number of crops that a teacher is asked about must be at least 0")
         if self.auxiliary_weight < 0:
             raise UsageError("the auxiliary heads' weight must be at least 0")
         for name in ("distill_weight", "mix_until"):
@@ -305,7 +301,7 @@ def cpu(arch: str) -> Recipe:
         sizes=_CPU_SIZES[arch],
         crop_area=None if fixed else (0.6, 1.0),
         auxiliary_fades=False,
-        distill_views=8,
+        distill_once=True,
         cutmix=0.0,
         ema=None,
     )

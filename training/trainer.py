@@ -19,7 +19,7 @@ from tinyserve.errors import UsageError
 from training import augment, hardware, pretrained
 from training.checkpoint import Weights
 from training.data import Dataset
-from training.distill import Teacher, crops_of, divergence
+from training.distill import Teacher, divergence
 from training.distributed import ALONE, Workers
 from training.evaluate import Score, view_accuracy
 from training.models import ARCHS
@@ -62,9 +62,6 @@ class Trainer:
     """On a CPU: numbers that all layers give for each pixel of an image."""
     _order: Tensor | None
     """The epoch's permutation of the training images; drawn at its first step."""
-    _view: tuple[augment.Boxes, Tensor] | None
-    """The epoch's crops of all images and the answers to them, where a teacher was asked before;
-    made as above."""
     _sums: Tensor
     """Loss and hits of the epoch so far, in this process."""
 
@@ -76,7 +73,7 @@ class Trainer:
         *,
         initial: Weights | None = None,
         teachers: Sequence[Weights] = (),
-        answers: Sequence[Tensor] = (),
+        answers: Tensor | None = None,
         workers: Workers = ALONE,
     ) -> None:
         recipe = config.recipe
@@ -87,7 +84,7 @@ class Trainer:
             torch.from_numpy(dataset.val.images).to(device),
             torch.from_numpy(dataset.val.labels).to(device),
         )
-        self.subset = used_images(dataset, config.limit_train).to(device)
+        self.subset = _subset(dataset, config.limit_train).to(device)
         self.batch_size = min(recipe.batch_size, len(self.subset))
         if self.batch_size % workers.count:
             raise UsageError(
@@ -126,7 +123,7 @@ class Trainer:
         self.teacher: Teacher | None = None
         if teachers:
             self.teacher = Teacher(teachers, dataset.classes, self.mean, self.std).to(device)
-        self.views = answers
+        self.answers = None if answers is None else answers.to(device)
         self.mixes: dict[str, nn.Module] = {
             "cutmix": v2.CutMix(num_classes=len(dataset.classes)),
             "mixup": v2.MixUp(num_classes=len(dataset.classes), alpha=0.2),
@@ -191,7 +188,7 @@ class Trainer:
 
         torch.manual_seed(_mix(self.config.seed, 1, self.step))
         # Drawn for the whole batch: every process crops as one process alone would.
-        boxes = self._boxes(indices)
+        boxes = self._boxes()
         mix = self._choose_mix()
         if self.workers.count > 1:  # dropout differs
             torch.manual_seed(_mix(self.config.seed, 3, self.step, self.workers.rank))
@@ -301,7 +298,6 @@ class Trainer:
 
     def _start_epoch(self) -> None:
         self._order = None
-        self._view = None
         self._sums = torch.zeros(2, dtype=torch.float64, device=self.device)
         self._epoch_began = None
         self._seconds_before = 0.0
@@ -322,18 +318,14 @@ class Trainer:
         torch.manual_seed(_mix(self.config.seed, 2, self.step // self.steps_per_epoch))
         return self.subset[torch.randperm(len(self.subset), device=self.device)]
 
-    def _boxes(self, indices: Tensor) -> augment.Boxes:
-        """Where to crop the images of a batch."""
+    def _boxes(self) -> augment.Boxes:
         recipe = self.config.recipe
         _, height, width, _ = self.images.shape
-        if not self.views:
-            return augment.training_crops(recipe, len(indices), height, width, self.device)
-        if self._view is None:
-            number = self.step // self.steps_per_epoch % len(self.views)
-            crops = crops_of(number, recipe, len(self.images), height, width)
-            self._view = crops.to(self.device), self.views[number].to(self.device)
-        crops, _ = self._view
-        return crops[indices]
+        if recipe.crop_area is None:
+            return augment.random_crops(self.batch_size, height, width, recipe.crop, self.device)
+        return augment.random_resized_crops(
+            self.batch_size, height, width, recipe.crop_area, self.device
+        )
 
     def _choose_mix(self) -> nn.Module | None:
         """What to mix this step's images with each other by, if at all."""
@@ -352,8 +344,8 @@ class Trainer:
 
     def _wanted(self, x: Tensor, indices: Tensor) -> Tensor | None:
         """What the teacher answers, probabilities ``[N, classes]``, if there is one."""
-        if self._view is not None:
-            return self._view[1][indices].float()
+        if self.answers is not None:
+            return self.answers[indices].float()
         if self.teacher is None:
             return None
         with torch.no_grad(), hardware.autocast(self.device, self.precision):
@@ -476,7 +468,7 @@ def _parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
     ]
 
 
-def used_images(dataset: Dataset, limit: int | None) -> Tensor:
+def _subset(dataset: Dataset, limit: int | None) -> Tensor:
     """Indices of the training images to use: all that are not held out, or ``limit`` of them drawn
     at random, always the same."""
     kept = torch.ones(len(dataset.train), dtype=torch.bool)

@@ -14,7 +14,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from tinyserve.engine import Engine
 from tinyserve.modelfile import Label
-from training import augment, checkpoint, data, distill, export, fit
+from training import augment, checkpoint, data, export, fit
 from training.models import ARCHS, count_parameters, is_auxiliary
 from training.recipes import RECIPES
 from training.run import Config
@@ -487,7 +487,7 @@ def test_a_run_learns_what_was_answered_about_each_image(make_trainer, photos):
     )
     dataset = data.load(photos)
     following = torch.eye(3)[(dataset.train.labels + 1) % 3]
-    trainer = Trainer(config, dataset, CPU, answers=[following.half()])
+    trainer = Trainer(config, dataset, CPU, answers=following.half())
     while trainer.step < trainer.steps:
         trainer.train_step()
         if trainer.step % trainer.steps_per_epoch == 0:
@@ -495,32 +495,12 @@ def test_a_run_learns_what_was_answered_about_each_image(make_trainer, photos):
     assert accuracy < 0.2
 
 
-def test_a_run_shows_what_its_teacher_was_asked_about(make_trainer, photos):
-    """Each epoch another view, until they begin again."""
-    recipe = dataclasses.replace(
-        RECIPES["cpu"]("inception"), epochs=3, batch_size=9, distill_views=2
-    )
-    config = dataclasses.replace(make_trainer(limit_train=None).config, recipe=recipe)
-    dataset = data.load(photos)
-    answers = [torch.full((len(dataset.train), 3), view).half() for view in (0.0, 1.0)]
-    trainer = Trainer(config, dataset, CPU, answers=answers)
-    indices = torch.tensor([5, 0, 26])
-    for view in (0, 1, 0):
-        shown = trainer._boxes(indices)
-        asked = distill.crops_of(view, recipe, len(dataset.train), 64, 64)[indices]
-        assert torch.equal(shown.top, asked.top) and torch.equal(shown.flip, asked.flip)
-        assert (trainer._wanted(torch.zeros(3), indices) == view).all()
-        for _ in range(trainer.steps_per_epoch):
-            trainer.train_step()
-        trainer.finish_epoch()
-
-
 @pytest.mark.slow
 def test_a_teacher_asked_once_and_one_asked_every_time(finished, photos, tmp_path, history):
     teacher = f"--arch inception --recipe cpu --epochs 1 -b 4 --teacher {finished.folder}"
     once, always = tmp_path / "once", tmp_path / "always"
     assert fit_here(once, photos, teacher) == 0
-    assert fit_here(always, photos, f"{teacher} --set distill_views=0") == 0
+    assert fit_here(always, photos, f"{teacher} --set distill_once=false") == 0
     digest = hashlib.sha256((finished.folder / "weights.pt").read_bytes()).hexdigest()
     for folder in (once, always):
         config = json.loads((folder / "config.json").read_text())
@@ -532,7 +512,7 @@ def test_a_teacher_asked_once_and_one_asked_every_time(finished, photos, tmp_pat
 def test_a_teacher_that_is_asked_once_cannot_teach_mixed_images(photos, tmp_path, check_one_line):
     arguments = f"--arch inception --recipe cpu --set cutmix=0.5 --teacher {tmp_path}"
     assert fit_here(tmp_path / "run", photos, arguments) == 2
-    check_one_line("distill_views=0")
+    check_one_line("distill_once=false")
     assert not (tmp_path / "run").exists()
 
 
