@@ -12,8 +12,8 @@ from tinyserve.errors import BusyError, RequestError
 from tinyserve.server import Limits
 
 GONE = "tinyserve.gone"
-"""In the scope of a request: a future that is done when its connection is lost. A task that waits
-for the message of that would cost more than all else that is done for a small request."""
+"""In the scope of a request: a future that is done when its connection is lost, one for all of its
+requests; to wait for the message of that would take a task for each."""
 
 _PIECE = 256 * 2**10
 
