@@ -1,6 +1,7 @@
 """Uvicorn's side of a connection, for a world with slow clients and endless headers."""
 
 import asyncio
+from collections.abc import Callable
 from typing import Any, cast
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
@@ -22,18 +23,18 @@ def protocol(limits: Limits) -> type[HttpToolsProtocol]:
         """Whether what was read last brought a part of a body or the end of a request."""
         _other_bytes = 0
         """Read since then: of a head, of what a chunked body has between or behind its chunks."""
-        _head_timer: asyncio.TimerHandle | None = None
-        _unread_timer: asyncio.TimerHandle | None = None
 
         def connection_made(self, transport: Any) -> None:
             self._gone = self.loop.create_future()
+            self._head = _Timer(self.loop, limits.head_seconds, self._abort)
+            self._unread = _Timer(self.loop, limits.answer_seconds, self._abort_if_unread)
             self._together = _Together(transport, self.loop)
             super().connection_made(cast(asyncio.Transport, self._together))
-            self._start_head_timer()
+            self._head.start()
 
         def connection_lost(self, exc: Exception | None) -> None:
-            self._stop_head_timer()
-            self._stop_unread_timer()
+            self._head.stop()
+            self._unread.stop()
             self._gone.set_result(None)
             super().connection_lost(exc)
 
@@ -44,9 +45,9 @@ def protocol(limits: Limits) -> type[HttpToolsProtocol]:
             if self._other_bytes > limits.head_bytes:
                 self.transport.abort()
             if self.cycle is not None and not self.cycle.response_complete:
-                self._stop_head_timer()
+                self._head.stop()
             elif self._in_message:  # a head, or what is left of a body after an early answer
-                self._start_head_timer()
+                self._wait_for_the_rest()
             else:
                 self._wait_for_a_request()
 
@@ -74,41 +75,52 @@ def protocol(limits: Limits) -> type[HttpToolsProtocol]:
         def on_response_complete(self) -> None:
             super().on_response_complete()
             if self._in_message:
-                self._start_head_timer()
+                self._wait_for_the_rest()
             self._together.flush()
-            self._stop_unread_timer()
+            self._unread.stop()
             if self.transport.get_write_buffer_size():
-                self._unread_timer = self.loop.call_later(
-                    limits.answer_seconds, self._abort_if_unread
-                )
+                self._unread.start()
+
+        def _wait_for_the_rest(self) -> None:
+            if not self.transport.is_closing():
+                self._head.start()
 
         def _wait_for_a_request(self) -> None:
             """As Uvicorn does after an answer, which may have been before the request's end."""
-            self._stop_head_timer()
+            self._head.stop()
             if self.timeout_keep_alive_task is None and not self.transport.is_closing():
                 self.timeout_keep_alive_task = self.loop.call_later(
                     self.timeout_keep_alive, self.timeout_keep_alive_handler
                 )
 
+        def _abort(self) -> None:
+            self.transport.abort()
+
         def _abort_if_unread(self) -> None:
             if self.transport.get_write_buffer_size():
                 self.transport.abort()
 
-        def _start_head_timer(self) -> None:
-            if self._head_timer is None and not self.transport.is_closing():
-                self._head_timer = self.loop.call_later(limits.head_seconds, self.transport.abort)
-
-        def _stop_head_timer(self) -> None:
-            if self._head_timer is not None:
-                self._head_timer.cancel()
-                self._head_timer = None
-
-        def _stop_unread_timer(self) -> None:
-            if self._unread_timer is not None:
-                self._unread_timer.cancel()
-                self._unread_timer = None
-
     return Protocol
+
+
+class _Timer:
+    """Calls a function after some seconds, unless it is stopped before."""
+
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, seconds: float, then: Callable[[], None]
+    ) -> None:
+        self._loop, self._seconds, self._then = loop, seconds, then
+        self._handle: asyncio.TimerHandle | None = None
+
+    def start(self) -> None:
+        """From now on; one that runs already goes on."""
+        if self._handle is None:
+            self._handle = self._loop.call_later(self._seconds, self._then)
+
+    def stop(self) -> None:
+        if self._handle is not None:
+            self._handle.cancel()
+            self._handle = None
 
 
 class _Together:
