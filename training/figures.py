@@ -22,8 +22,10 @@ COLOURS = {
 
 OTHER_COLOUR = "tab:purple"
 
-STYLES = ("-", "--", ":", "-.")
-"""For lines that would otherwise look the same, in this order."""
+STYLES = ("-", "--", ":", "-.", (0, (12, 3)), (0, (1, 4)))
+MARKERS = "os^Dv*"
+"""For lines that would otherwise look the same, in this order; of short ones hardly more than the
+markers is seen."""
 
 SAMPLES = 200
 """Points of an epoch at which the learning rate is drawn."""
@@ -94,7 +96,7 @@ def _draw(path: Path, title: str, runs: Sequence[Record], panels: Sequence[Panel
                 *points,
                 color=COLOURS.get(run.arch, OTHER_COLOUR),
                 linestyle=STYLES[alike % len(STYLES)],
-                marker="o" if len(points[0]) < 20 else None,
+                marker=MARKERS[alike % len(MARKERS)] if len(points[0]) < 20 else None,
                 markersize=4,
                 label=run.arch if archs.count(run.arch) == 1 else run.name,
             )

@@ -362,11 +362,6 @@ def _configure(arguments: argparse.Namespace) -> tuple[Config, torch.device]:
         raise UsageError(f"crops of {recipe.crop} px do not fit images of {arguments.image_size}")
     if arguments.time_limit is not None and not arguments.time_limit >= 0:
         raise UsageError("--time-limit must be at least 0")
-    if arguments.teacher and recipe.distill_once and (recipe.cutmix or recipe.mixup):
-        raise UsageError(
-            "mixed images need a teacher that sees them: --set distill_once=false, or cutmix=0 and "
-            "mixup=0"
-        )
     _check_sizes(arguments.arch, recipe)
     device = hardware.device(arguments.device)
     config = Config(

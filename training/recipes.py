@@ -50,7 +50,7 @@ class Recipe:
     distill_once: bool = False
     """Ask a teacher once about each whole image and keep its answers, instead of at every step
     about the view that the student gets: that costs the time of less than an epoch, not most of
-    every step. Not with CutMix or MixUp, which show what the teacher was not asked about."""
+    every step. For images that CutMix or MixUp mix, its answers are mixed in the same shares."""
     batch_norm: bool
     """Add batch norm where the paper's layout has none."""
     dropout: float | None = None

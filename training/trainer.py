@@ -124,10 +124,8 @@ class Trainer:
         if teachers:
             self.teacher = Teacher(teachers, dataset.classes, self.mean, self.std).to(device)
         self.answers = None if answers is None else answers.to(device)
-        self.mixes: dict[str, nn.Module] = {
-            "cutmix": v2.CutMix(num_classes=len(dataset.classes)),
-            "mixup": v2.MixUp(num_classes=len(dataset.classes), alpha=0.2),
-        }
+        self.classes = len(dataset.classes)
+        self.mixes: dict[str, nn.Module] = {"cutmix": v2.CutMix(), "mixup": v2.MixUp(alpha=0.2)}
         self._network: nn.Module = self.model
         if workers.count > 1:
             # Batch norm keeps each process's own running statistics; they are averaged before they
@@ -200,11 +198,13 @@ class Trainer:
         parts = _split(len(indices), self._parts())
         for part in parts:
             x, y = self._batch(indices[part], boxes[part])
-            targets = y
+            targets, wanted = y, self._kept(indices[part])
             if mix is not None:
-                x, targets = mix(x, y)
+                x, targets, wanted = self._mixed(mix, x, y, wanted)
+            if self.teacher is not None:
+                wanted = self._asked(self.teacher, x)
             with nullcontext() if part is parts[-1] else self._without_sync():
-                loss, logits = self._loss(x, targets, self._wanted(x, indices[part]))
+                loss, logits = self._loss(x, targets, wanted)
                 loss = loss * (len(y) / len(indices))
                 self.scaler.scale(loss).backward()
             hits = (logits.detach().argmax(dim=1) == y).sum()
@@ -342,15 +342,27 @@ class Trainer:
         pixels = augment.normalise(self.images[indices], self.mean, self.std)
         return augment.extract(pixels, boxes, self.size), self.labels[indices]
 
-    def _wanted(self, x: Tensor, indices: Tensor) -> Tensor | None:
-        """What the teacher answers, probabilities ``[N, classes]``, if there is one."""
-        if self.answers is not None:
-            return self.answers[indices].float()
-        if self.teacher is None:
-            return None
+    def _kept(self, indices: Tensor) -> Tensor | None:
+        """What teachers answered before, probabilities ``[N, classes]``, if they did."""
+        return None if self.answers is None else self.answers[indices].float()
+
+    def _asked(self, teacher: Teacher, x: Tensor) -> Tensor:
+        """What the teacher answers now, probabilities ``[N, classes]``."""
         with torch.no_grad(), hardware.autocast(self.device, self.precision):
-            wanted: Tensor = self.teacher(x, self.config.recipe.distill_temperature)
-        return wanted
+            answers: Tensor = teacher(x, self.config.recipe.distill_temperature)
+        return answers
+
+    def _mixed(
+        self, mix: nn.Module, x: Tensor, labels: Tensor, answers: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Images mixed with each other, and in the same shares their labels, as probabilities
+        ``[N, classes]``, and a teacher's answers to the images before."""
+        known = F.one_hot(labels, self.classes).float()
+        if answers is not None:
+            known = torch.cat([known, answers], dim=1)
+        x, known = mix(x, known)
+        targets = known[:, : self.classes]
+        return x, targets, None if answers is None else known[:, self.classes :]
 
     def _loss(self, x: Tensor, targets: Tensor, wanted: Tensor | None) -> tuple[Tensor, Tensor]:
         """The loss to minimise, and the main logits ``[N, classes]``.

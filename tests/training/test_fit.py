@@ -509,11 +509,26 @@ def test_a_teacher_asked_once_and_one_asked_every_time(finished, photos, tmp_pat
     assert losses[0] != losses[1]
 
 
-def test_a_teacher_that_is_asked_once_cannot_teach_mixed_images(photos, tmp_path, check_one_line):
-    arguments = f"--arch inception --recipe cpu --set cutmix=0.5 --teacher {tmp_path}"
-    assert fit_here(tmp_path / "run", photos, arguments) == 2
-    check_one_line("distill_once=false")
-    assert not (tmp_path / "run").exists()
+@pytest.mark.parametrize("mix", ["cutmix", "mixup"])
+def test_kept_answers_are_mixed_as_the_images_and_their_labels(photos, make_trainer, mix):
+    """Answers that are always the next class, so that they can be told from the labels."""
+    trainer = make_trainer(**{mix: 1.0}, mix_until=1.0)
+    count = len(data.load(photos).classes)
+    trainer.answers = torch.eye(count)[(trainer.labels + 1) % count].half()
+    learnt = []
+    loss = trainer._loss
+
+    def spied(x: Tensor, targets: Tensor, wanted: Tensor | None) -> tuple[Tensor, Tensor]:
+        learnt.append((targets, wanted))
+        return loss(x, targets, wanted)
+
+    trainer._loss = spied
+    for _ in range(trainer.steps):
+        trainer.train_step()
+    targets, wanted = (torch.cat(part) for part in zip(*learnt, strict=True))
+    assert torch.allclose(wanted, targets.roll(1, dims=1), atol=1e-3)
+    assert torch.allclose(targets.sum(dim=1), torch.ones(len(targets)))
+    assert ((targets > 0.05).sum(dim=1) == 2).any()  # some of two classes
 
 
 # Short runs in this process
