@@ -1,8 +1,9 @@
 """Augmentation and evaluation views, a batch at a time on the device that holds the images.
 
 Shape letters: N images of a batch, H, W their stored height and width, S the side of the square
-that the network sees. Stored images are uint8 ``[N, H, W, 3]``, RGB; what comes out is float32
-``[N, 3, S, S]``, normalised, in channels_last memory order.
+that the network sees. Stored images are uint8 ``[N, H, W, 3]``, RGB; :func:`normalise` makes planes
+of them, float32 ``[N, 3, H, W]``, and :func:`extract` what the network sees, float32
+``[N, 3, S, S]`` in channels_last memory order.
 
 Every crop, flip and resize is one linear map a side: a matrix of interpolation weights,
 ``[N, S, H]`` for the rows and ``[N, S, W]`` for the columns. Random crops, random resized crops,
@@ -48,11 +49,14 @@ class Boxes:
 
 
 def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """``(images - mean) / std`` as float32 ``[N, H, W, 3]``; both in units of 0..255.
+    """``(images - mean) / std`` as float32 planes ``[N, 3, H, W]``; both in units of 0..255.
 
     ``mean`` is a mean image ``[H, W, 3]`` or a mean colour ``[3]``, ``std`` is ``[3]``.
     """
-    return (images.float() - mean) / std
+    # Put into planes as bytes, and changed in place: of all this, most is moving numbers around.
+    planes = images.permute(0, 3, 1, 2).contiguous().float()
+    mean = mean[:, None, None] if mean.dim() == 1 else mean.permute(2, 0, 1)
+    return planes.sub_(mean).div_(std[:, None, None])
 
 
 def random_crops(count: int, height: int, width: int, size: int, device: torch.device) -> Boxes:
@@ -112,21 +116,21 @@ def placed_crops(
     )
 
 
-def extract(images: Tensor, boxes: Boxes, size: int) -> Tensor:
-    """The regions of normalised images ``[N, H, W, 3]``, resampled to ``[N, 3, size, size]``.
+def extract(planes: Tensor, boxes: Boxes, size: int) -> Tensor:
+    """The regions of normalised images ``[N, 3, H, W]``, resampled to ``[N, 3, size, size]``.
 
     Bilinear; where a region shrinks, with the antialiasing that Pillow does, so that what the
     network sees in training looks like what it is served.
     """
-    count, height, width, channels = images.shape
+    count, channels, height, width = planes.shape
     rows = interpolation(boxes.top, boxes.height, height, size)
     columns = interpolation(boxes.left, boxes.width, width, size)
     columns = torch.where(boxes.flip[:, None, None], columns.flip(1), columns)
-    # Plane by plane, so that both products are of large matrices; three channels innermost, as the
-    # images are stored, would make them as thin as three columns.
-    planes = images.permute(0, 3, 1, 2).reshape(count, channels * height, width)
-    planes = torch.bmm(planes, columns.transpose(1, 2)).reshape(count, channels, height, size)
-    pixels = torch.matmul(rows[:, None], planes)  # [N, 1, S, H] @ [N, 3, H, S]
+    # Planes, so that both products are of large matrices; three channels innermost, as the images
+    # are stored, would make them as thin as three columns.
+    narrow = torch.bmm(planes.reshape(count, channels * height, width), columns.transpose(1, 2))
+    narrow = narrow.reshape(count, channels, height, size)
+    pixels = torch.matmul(rows[:, None], narrow)  # [N, 1, S, H] @ [N, 3, H, S]
     return pixels.contiguous(memory_format=torch.channels_last)
 
 
@@ -140,5 +144,6 @@ def interpolation(start: Tensor, length: Tensor, full: int, size: int) -> Tensor
     outputs = torch.arange(size, device=start.device, dtype=torch.float32)[None, :, None]
     centres = start[:, None, None] + (outputs + 0.5) * step - 0.5
     inputs = torch.arange(full, device=start.device, dtype=torch.float32)[None, None, :]
-    weights = (1 - (inputs - centres).abs() / step.clamp(min=1)).clamp(min=0)
-    return weights / weights.sum(dim=2, keepdim=True)
+    distances = (inputs - centres).abs_().div_(step.clamp(min=1))
+    weights = distances.neg_().add_(1).clamp_(min=0)
+    return weights.div_(weights.sum(dim=2, keepdim=True))

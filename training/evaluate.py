@@ -169,14 +169,14 @@ def view_accuracy(
         hardware.autocast(device, precision),
     ):
         for indices in _batches(labels):
-            pixels = augment.normalise(images[indices], mean, std)
-            count, height, width, _ = pixels.shape
+            planes = augment.normalise(images[indices], mean, std)
+            count, _, height, width = planes.shape
             mean_probabilities = torch.zeros((), device=device)
             for row, column, flip in views:
                 boxes = augment.placed_crops(
                     count, height, width, crop, device, row=row, column=column, flip=flip
                 )
-                logits = network(augment.extract(pixels, boxes, size))
+                logits = network(augment.extract(planes, boxes, size))
                 mean_probabilities = mean_probabilities + logits.float().softmax(dim=1) / len(views)
             counter.add(mean_probabilities.clamp(min=1e-30).log(), labels[indices])
     return counter.score()

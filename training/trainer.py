@@ -339,8 +339,8 @@ class Trainer:
 
     def _batch(self, indices: Tensor, boxes: augment.Boxes) -> tuple[Tensor, Tensor]:
         """Augmented images, float ``[N, 3, size, size]``, and labels ``[N]``."""
-        pixels = augment.normalise(self.images[indices], self.mean, self.std)
-        return augment.extract(pixels, boxes, self.size), self.labels[indices]
+        planes = augment.normalise(self.images[indices], self.mean, self.std)
+        return augment.extract(planes, boxes, self.size), self.labels[indices]
 
     def _kept(self, indices: Tensor) -> Tensor | None:
         """What teachers answered before, probabilities ``[N, classes]``, if they did."""

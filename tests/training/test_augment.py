@@ -21,38 +21,43 @@ def fixed_seed() -> None:
     torch.manual_seed(3)
 
 
-def slices(pictures: torch.Tensor, boxes: Boxes) -> torch.Tensor:
+def planes_of(pictures: torch.Tensor) -> torch.Tensor:
+    """Float ``[N, 3, H, W]``, not normalised."""
+    return pictures.permute(0, 3, 1, 2).float()
+
+
+def slices(planes: torch.Tensor, boxes: Boxes) -> torch.Tensor:
     """The regions by plain indexing, float ``[N, 3, S, S]``."""
     crops = []
-    for i, picture in enumerate(pictures):
+    for i, picture in enumerate(planes):
         top, left = int(boxes.top[i]), int(boxes.left[i])
         height, width = int(boxes.height[i]), int(boxes.width[i])
-        crop = picture[top : top + height, left : left + width]
-        crops.append(crop.flip(1) if boxes.flip[i] else crop)
-    return torch.stack(crops).permute(0, 3, 1, 2).float()
+        crop = picture[:, top : top + height, left : left + width]
+        crops.append(crop.flip(2) if boxes.flip[i] else crop)
+    return torch.stack(crops)
 
 
 def test_whole_pixel_crops_are_slices_to_the_bit(pictures):
     seen = set()
     for _ in range(4):
         boxes = augment.random_crops(8, 48, 64, 40, CPU)
-        found = augment.extract(pictures.float(), boxes, 40)
-        assert torch.equal(found, slices(pictures, boxes))
+        found = augment.extract(planes_of(pictures), boxes, 40)
+        assert torch.equal(found, slices(planes_of(pictures), boxes))
         seen |= set(boxes.flip.tolist())
     assert seen == {True, False}
 
 
 def test_normalised_crops_are_slices_to_the_bit(pictures):
-    pixels = augment.normalise(
+    planes = augment.normalise(
         pictures, torch.tensor([120.0, 110, 100]), torch.tensor([60.0, 50, 70])
     )
     boxes = augment.random_crops(8, 48, 64, 40, CPU)
-    assert torch.equal(augment.extract(pixels, boxes, 40), slices(pixels, boxes))
+    assert torch.equal(augment.extract(planes, boxes, 40), slices(planes, boxes))
 
 
 def test_what_comes_out_is_channels_last(pictures):
     boxes = augment.random_crops(8, 48, 64, 40, CPU)
-    found = augment.extract(pictures.float(), boxes, 40)
+    found = augment.extract(planes_of(pictures), boxes, 40)
     assert found.is_contiguous(memory_format=torch.channels_last)
 
 
@@ -76,7 +81,7 @@ def sides(*values: float) -> list[torch.Tensor]:
 
 
 def check_against_pillow(pictures: torch.Tensor, boxes: Boxes, size: int) -> None:
-    found = augment.extract(pictures.float(), boxes, size).permute(0, 2, 3, 1).numpy()
+    found = augment.extract(planes_of(pictures), boxes, size).permute(0, 2, 3, 1).numpy()
     box = tuple(
         float(value[0])
         for value in (boxes.left, boxes.top, boxes.left + boxes.width, boxes.top + boxes.height)
@@ -90,7 +95,7 @@ def check_against_pillow(pictures: torch.Tensor, boxes: Boxes, size: int) -> Non
 
 
 def test_shrinking_a_flat_picture_keeps_its_colour():
-    flat = torch.full((2, 64, 64, 3), 77.0)
+    flat = torch.full((2, 3, 64, 64), 77.0)
     boxes = augment.random_resized_crops(2, 64, 64, (0.3, 1.0), CPU)
     assert torch.allclose(augment.extract(flat, boxes, 24), torch.tensor(77.0))
 
@@ -130,28 +135,29 @@ def test_ten_crops_are_corners_centre_and_their_mirrors(pictures):
     for view, crop in zip(augment.TEN_CROPS, wanted, strict=True):
         row, column, flip = view
         boxes = augment.placed_crops(8, 48, 64, 40, CPU, row=row, column=column, flip=flip)
-        found = augment.extract(pictures.float(), boxes, 40)
+        found = augment.extract(planes_of(pictures), boxes, 40)
         assert torch.equal(found, crop.permute(0, 3, 1, 2))
 
 
 def test_the_centre_view_is_the_centre(pictures):
     ((row, column, flip),) = augment.CENTRE
     boxes = augment.placed_crops(8, 48, 64, 40, CPU, row=row, column=column, flip=flip)
-    found = augment.extract(pictures.float(), boxes, 40)
+    found = augment.extract(planes_of(pictures), boxes, 40)
     assert torch.equal(found, pictures[:, 4:44, 12:52].permute(0, 3, 1, 2).float())
 
 
 def test_normalise_takes_a_mean_colour_or_a_mean_image(pictures):
     mean, std = torch.tensor([10.0, 20, 30]), torch.tensor([2.0, 4, 8])
     found = augment.normalise(pictures, mean, std)
-    assert found.shape == pictures.shape
+    assert found.shape == (8, 3, 48, 64)
     assert found.dtype == torch.float32
+    assert found.is_contiguous()
     values = pictures[3, 5, 7].tolist()
-    assert found[3, 5, 7].tolist() == [
+    assert found[3, :, 5, 7].tolist() == [
         (values[0] - 10) / 2,
         (values[1] - 20) / 4,
         (values[2] - 30) / 8,
     ]
     mean_image = pictures.float().mean(dim=0)
     found = augment.normalise(pictures, mean_image, torch.ones(3))
-    assert torch.allclose(found.mean(dim=0), torch.zeros(48, 64, 3), atol=1e-4)
+    assert torch.allclose(found.mean(dim=0), torch.zeros(3, 48, 64), atol=1e-4)

@@ -35,8 +35,7 @@ def colour_weights(weights: checkpoint.Weights, seed: int, **changes: object) ->
 
 def shown(pictures: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
     """The pictures, whole, as a student with this normalisation gets them."""
-    pixels = augment.normalise(pictures, mean, std)
-    return pixels.permute(0, 3, 1, 2)
+    return augment.normalise(pictures, mean, std)
 
 
 def test_a_teacher_answers_as_it_is_served_whatever_the_students_normalisation(

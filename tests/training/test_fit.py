@@ -431,9 +431,9 @@ def test_a_run_from_weights_begins_with_what_they_know(finished, make_trainer):
     assert torch.equal(trainer.mean, weights.mean)
     assert torch.equal(trainer.std, weights.std)
     size = weights.network_size
-    pixels = augment.normalise(trainer.val[0], weights.mean, weights.std)
-    boxes = augment.placed_crops(len(pixels), 64, 64, weights.crop, CPU)
-    images = augment.extract(pixels, boxes, size)
+    planes = augment.normalise(trainer.val[0], weights.mean, weights.std)
+    boxes = augment.placed_crops(len(planes), 64, 64, weights.crop, CPU)
+    images = augment.extract(planes, boxes, size)
     with torch.inference_mode():
         expected = weights.network()(images).softmax(dim=1)
         found = trainer.evaluated.eval()(images).softmax(dim=1)
