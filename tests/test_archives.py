@@ -109,6 +109,23 @@ def test_the_members_before_the_damage_are_read(make_archive, jpeg, tmp_path):
         last.read()
 
 
+@pytest.mark.parametrize("damage", ["cut off", "overwritten"])
+def test_a_damaged_header_is_not_the_end_of_a_tar(make_archive, jpeg, tmp_path, damage):
+    path = make_archive("a.tar", [f"cat/{number}.jpg" for number in range(9)])
+    content = bytearray((tmp_path / "a.tar").read_bytes())
+    header = content.index(b"cat/4.jpg")
+    if damage == "cut off":
+        del content[header + 300 :]
+    else:
+        content[header + 148 : header + 156] = b"0000000\0"  # its checksum
+    (tmp_path / "a.tar").write_bytes(content)
+    *good, last = find_inputs([path])
+    assert [item.path for item in good] == [f"{path}/cat/{number}.jpg" for number in range(4)]
+    assert all(item.read() == jpeg for item in good)
+    with pytest.raises(ImageError, match=f"the archive: damaged after {header:,} bytes"):
+        last.read()
+
+
 def test_a_damaged_member_leaves_the_others_alone(make_archive, jpeg, tmp_path):
     path = make_archive("a.zip", ["1.jpg", "2.jpg"])
     content = bytearray((tmp_path / "a.zip").read_bytes())

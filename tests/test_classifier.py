@@ -101,8 +101,8 @@ def test_images_that_are_in_memory_already_end_a_batch_early():
             member = Member(str(number), None, bytes, in_memory)
             yield Input(f"a.tar/{number}", None, member)
 
-    assert [len(batch) for batch in _batches(inputs(0), 4)] == [4, 4, 2]
-    assert [len(batch) for batch in _batches(inputs(2**25), 4)] == [3, 3, 3, 1]
+    assert [len(batch) for batch in _batches(inputs(0), 4, 25)] == [4, 4, 2]
+    assert [len(batch) for batch in _batches(inputs(10), 4, 25)] == [3, 3, 3, 1]
 
 
 def test_labels_match_by_wnid_and_by_name_but_never_by_position(classifier, samples):

@@ -98,6 +98,49 @@ def test_inputs_that_are_named_twice_have_two_rows(samples, tmp_path):
     assert len(rows_of(output)) == 2
 
 
+def test_a_job_goes_on_under_another_spelling_of_its_paths(samples, tmp_path):
+    shutil.copytree(samples / "goldfish", tmp_path / "goldfish")
+    output = tmp_path / "rows.jsonl"
+    assert classify("goldfish", "-o", output, cwd=tmp_path).returncode == 0
+    run = classify("./goldfish//", "-o", output, "--resume", cwd=tmp_path)
+    assert "2 images, 2 of them done before" in run.stderr
+    assert "not asked for" not in run.stderr
+    assert len(rows_of(output)) == 2
+
+
+def test_a_job_goes_on_behind_a_link(samples, tmp_path):
+    (tmp_path / "disk").mkdir()
+    link, target = tmp_path / "rows.jsonl", tmp_path / "disk" / "rows.jsonl"
+    link.symlink_to(target)
+    assert classify(samples / "goldfish", "-o", link).returncode == 0
+    assert classify(samples / "goldfish", samples / "bison", "-o", link, "--resume").returncode == 0
+    assert link.is_symlink()
+    assert len(rows_of(target)) == 4
+
+
+def test_rows_of_other_inputs_are_kept_and_said(samples, tmp_path):
+    output = tmp_path / "rows.jsonl"
+    assert classify(samples / "goldfish", "-o", output).returncode == 0
+    run = classify(samples / "teapot", "-o", output, "--resume")
+    assert run.returncode == 0
+    assert "4 images, 2 of them done before" in run.stderr
+    assert "2 of the rows are of inputs that were not asked for now" in run.stderr
+    assert len(rows_of(output)) == 4
+
+
+def test_what_is_behind_a_uri_is_always_done_anew(samples, tmp_path):
+    folder = shutil.copytree(samples / "goldfish", tmp_path / "goldfish")
+    output = tmp_path / "rows.jsonl"
+    assert classify(folder.as_uri(), "-o", output).returncode == 0
+    first, second = rows_of(output)
+    shutil.copy(samples / "teapot" / "val_568.JPEG", first["path"].removeprefix("file://"))
+    run = classify(folder.as_uri(), "-o", output, "--resume")
+    assert "done before" not in run.stderr
+    again = rows_of(output)
+    assert again[0]["predictions"] != first["predictions"]
+    assert again[1:] == [second]
+
+
 @pytest.mark.slow
 def test_an_archive_of_many_large_files_takes_no_more_memory(samples, tmp_path):
     picture = (samples / "goldfish" / "val_68.JPEG").read_bytes() + bytes(2**20)

@@ -13,6 +13,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from tinyserve.classifier import Classifier
+from tinyserve.cli import classify as classify_command
+from tinyserve.cli import main
+from tinyserve.devices import openvino_problem
 from tinyserve.modelfile import find_model
 
 
@@ -333,3 +337,91 @@ def test_help_says_what_the_command_does(command):
     run = tinyserve(*command, "--help")
     assert run.returncode == 0
     assert run.stdout.startswith("usage: tinyserve")
+
+
+def test_a_job_that_is_not_listed_to_its_end_gets_all_the_workers(samples, monkeypatch, tmp_path):
+    """Of an archive of photos only a part is in memory when the work is divided."""
+    asked = []
+
+    class Watched(Classifier):
+        def __init__(self, *arguments, streams, **options):
+            asked.append(streams)
+            super().__init__(*arguments, streams=streams, **options)
+
+    monkeypatch.setattr(classify_command, "Classifier", Watched)
+    arguments = ("classify", samples, "-m", "baseline", "--device", "cpu", "-j", 5)
+    for first, streams in ((40, 5), (39, 5), (1000, 2)):
+        monkeypatch.setattr(classify_command, "_FIRST", first)
+        size = 32 if first == 1000 else 1000
+        output = tmp_path / f"{first}.jsonl"
+        assert main([*map(str, arguments), "-b", str(size), "-o", str(output)]) == 0
+        assert asked.pop() == streams
+        assert len(output.read_text().splitlines()) == 40
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--max-errors", "few"], "must be a whole number, not 'few'"),
+        (["--min-confidence", "high"], "must be a number, not 'high'"),
+        (["--min-confidence", "1.5"], "must be from 0 to 1"),
+        (["-k", "0"], "must be at least 1"),
+    ],
+)
+def test_a_number_that_is_none_is_said_in_words(samples, arguments, words):
+    run = tinyserve("classify", samples, *arguments)
+    assert run.returncode == 2
+    assert run.stderr.splitlines()[-1].endswith(words)
+
+
+def test_the_suffix_of_an_output_counts_in_any_case(samples, tmp_path):
+    run = tinyserve(
+        "classify", samples / "teapot", "-m", "baseline", "--device", "cpu",
+        "-o", tmp_path / "ROWS.CSV",
+    )  # fmt: skip
+    assert run.returncode == 0
+    assert len(list(csv.DictReader(io.StringIO((tmp_path / "ROWS.CSV").read_text())))) == 2
+
+
+def test_a_summary_cannot_be_a_folder_and_stdin_must_be_open(samples, tmp_path):
+    run = tinyserve("classify", samples, "--summary", tmp_path, "-o", tmp_path / "rows.jsonl")
+    assert_one_line_and_no_traceback(run)
+    assert not (tmp_path / "rows.jsonl").exists()
+    command = [sys.executable, "-m", "tinyserve.cli", "classify", "-"]
+    closed = subprocess.run(
+        ["sh", "-c", f"{shlex.join(command)} <&-"], capture_output=True, text=True, timeout=60
+    )
+    assert_one_line_and_no_traceback(closed)
+    assert (closed.returncode, closed.stderr) == (1, "tinyserve: stdin is closed\n")
+
+
+def test_rows_are_json_whatever_the_terminal_can_show(samples, tmp_path):
+    """In a terminal of ASCII a letter with an accent is escaped as JSON escapes it."""
+    name = os.fsdecode("café ☕.jpg".encode() + b"\xff.jpg")
+    shutil.copy(samples / "goldfish" / "val_68.JPEG", tmp_path / name)
+    for encoding in ("ascii", "latin-1", "utf-8"):
+        run = tinyserve(
+            "classify", tmp_path, "-m", "baseline", "--device", "cpu", "--format", "jsonl",
+            PYTHONIOENCODING=encoding,
+        )  # fmt: skip
+        assert json.loads(run.stdout)["path"] == str(tmp_path / name)
+
+
+def test_what_pillow_finds_odd_is_not_said(samples, tmp_path):
+    data = (samples / "goldfish" / "val_68.JPEG").read_bytes()
+    exif = b"Exif\0\0II*\0\x08\0\0\0\x05\0" + bytes(9)  # five entries, of which none is there
+    odd = data[:2] + b"\xff\xe1" + (len(exif) + 2).to_bytes(2, "big") + exif + data[2:]
+    (tmp_path / "odd.jpg").write_bytes(odd)
+    run = tinyserve("classify", tmp_path, "-m", "baseline", "--device", "cpu", "--format", "jsonl")
+    assert "Warning" not in run.stderr
+    assert run.returncode == 0
+
+
+@pytest.mark.skipif(openvino_problem() is not None, reason="auto and cpu are the same")
+def test_a_device_from_the_environment_counts_for_tuned_settings_and_for_bench(tmp_path, samples):
+    environment = {"XDG_CACHE_HOME": str(tmp_path), "TINYSERVE_DEVICE": "cpu"}
+    settings = ("-m", "baseline", "-j", 1, "-b", 1, "--seconds", 0.01)
+    assert "OpenVINO" in tinyserve("bench", *settings, XDG_CACHE_HOME=str(tmp_path)).stdout
+    run = tinyserve("classify", samples / "bison", "-m", "baseline", "--tuned", **environment)
+    assert "on CPU" in run.stderr
+    assert "OpenVINO" not in tinyserve("bench", *settings, **environment).stdout

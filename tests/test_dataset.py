@@ -34,6 +34,16 @@ def test_globs_take_images_and_folders(tmp_path):
     assert found == ["2.jpg", "cat/1.jpg"]
 
 
+@pytest.mark.parametrize("pattern", ["**", "**/*", "**/", "**/*.jpg", "*", "a*/**"])
+def test_what_a_glob_matches_in_several_ways_is_taken_once(tmp_path, monkeypatch, pattern):
+    for name in ("a/1.jpg", "a/deep/2.jpg", "a/deep/er/3.jpg", "ab/4.jpg"):
+        touch(tmp_path / name)
+    for start in (f"{tmp_path}/", ""):
+        monkeypatch.chdir(tmp_path)
+        found = [os.path.relpath(item.path, tmp_path) for item in find_inputs([start + pattern])]
+        assert found == ["a/1.jpg", "a/deep/2.jpg", "a/deep/er/3.jpg", "ab/4.jpg"]
+
+
 def test_a_file_whose_name_looks_like_a_glob_is_taken_as_it_is(tmp_path):
     path = touch(tmp_path / "photo[1].jpg")
     assert [i.path for i in find_inputs([str(path)])] == [str(path)]
@@ -47,6 +57,19 @@ def test_links_are_followed_and_those_that_go_round_in_circles_end(tmp_path):
     (tmp_path / "b" / "first").symlink_to(tmp_path / "a")
     found = {os.path.relpath(item.path, tmp_path) for item in find_inputs([str(tmp_path)])}
     assert found == {"a/1.jpg", "a/other/2.jpg", "b/2.jpg", "b/first/1.jpg"}
+
+
+def test_a_link_that_cannot_be_followed_fails_and_takes_nothing_with_it(tmp_path):
+    touch(tmp_path / "1.jpg")
+    touch(tmp_path / "a" / "2.jpg")
+    (tmp_path / "latest").symlink_to("latest")
+    (tmp_path / "odd").symlink_to(tmp_path / "1.jpg" / "inside")
+    found = list(find_inputs([str(tmp_path)]))
+    names = [os.path.relpath(item.path, tmp_path) for item in found]
+    assert names == ["1.jpg", "a/2.jpg", "latest", "odd"]
+    for item, words in zip(found[2:], ("symbolic links", "Not a directory"), strict=True):
+        with pytest.raises(ImageError, match=words):
+            item.read()
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")

@@ -1,10 +1,11 @@
 import dataclasses
 
 import numpy as np
+import onnxruntime as ort
 import pytest
 
 from tinyserve import engine
-from tinyserve.devices import CPU, OPENVINO, cuda_problem, openvino_problem
+from tinyserve.devices import CPU, CUDA, OPENVINO, cuda_problem, device_name, openvino_problem
 from tinyserve.engine import Engine, read_card
 from tinyserve.errors import DeviceError, ModelFileError, UsageError
 from tinyserve.modelfile import find_model, write_model
@@ -54,6 +55,35 @@ def test_a_gpu_that_is_full_is_no_damaged_file(monkeypatch, caplog):
     assert "Failed to allocate memory" in model.fallback
     assert model.provider == (CPU if openvino_problem() else OPENVINO)
     assert f"running on the CPU: {model.fallback}" in caplog.text
+
+
+def test_a_gpu_that_cannot_be_opened_says_why_and_prints_nothing(monkeypatch, capfd):
+    """ONNX Runtime would print a banner and try again on the CPU by itself."""
+    create = ort.InferenceSession._create_inference_session
+
+    def broken(self, providers, *others):
+        if providers[0][0] == CUDA:
+            raise RuntimeError("CUDA failure 2: out of memory\nmore")
+        create(self, providers, *others)
+
+    monkeypatch.setattr(engine, "cuda_problem", lambda: None)
+    monkeypatch.setattr(engine, "device_problem", lambda _: None)
+    monkeypatch.setattr(ort.InferenceSession, "_create_inference_session", broken)
+    assert "CUDA failure 2: out of memory" in Engine(find_model("inception")).fallback
+    with pytest.raises(DeviceError, match=r"CUDA failure 2: out of memory$"):
+        Engine(find_model("inception"), device="cuda")
+    assert capfd.readouterr().out == ""
+
+
+@pytest.mark.parametrize("device", ["cpu", "openvino"])
+def test_a_runtime_that_fails_is_one_line(device):
+    if device == "openvino" and openvino_problem():
+        pytest.skip(openvino_problem())
+    model = Engine(find_model("inception"), device=device)
+    words = f"{device_name(model.provider)} failed with 2 images at a time: "
+    with pytest.raises(DeviceError, match=words) as raised:
+        model.run(np.zeros((2, 7, 7, 3), dtype=np.uint8))
+    assert "\n" not in str(raised.value)
 
 
 def test_a_damaged_file_is_one_with_a_gpu_too(monkeypatch, tmp_path):

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tracemalloc
 from collections import Counter
+from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
 from random import Random
@@ -281,13 +282,17 @@ def test_unlabelled_inputs_get_what_was_predicted(samples, tmp_path):
 
 
 def test_where_everything_failed_there_is_still_a_page(card):
-    results = [
-        Result(Input(f"{i}.jpg", None), "", "damaged image", (), None, None) for i in range(60)
-    ]
+    def failed(number: int) -> Result:
+        member = Member(f"{number}.jpg", None, partial(bytes, bytes(10**6)), 10**6)
+        item = Input(f"a.tar/{number}.jpg", None, member)
+        return Result(item, "", "damaged image", (), None, None)
+
+    results = [failed(number) for number in range(60)]
     report = made_report(card, results)
     found = Document(page(report))
     assert "60 inputs could not be used; these are the first 50." in found.text
     assert len(report.failures) == 50
+    assert sum(failure.input.in_memory for failure in report.failures) == 0
     assert found.all("svg") == found.all("img") == []
 
 

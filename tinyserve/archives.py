@@ -119,9 +119,29 @@ def _unzip(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
         raise ImageError(f"cannot be unpacked: {str(error) or type(error).__name__}") from error
 
 
+_BROKEN_HEADERS = (
+    tarfile.TruncatedHeaderError,  # type: ignore[attr-defined]
+    tarfile.InvalidHeaderError,  # type: ignore[attr-defined]
+)
+
+
+class _Header(tarfile.TarInfo):
+    """A member's header. One that is damaged or cut off raises; to :mod:`tarfile` it would be the
+    end of the archive, if it is not the first."""
+
+    @classmethod
+    def fromtarfile(cls, archive: tarfile.TarFile) -> "_Header":
+        try:
+            return super().fromtarfile(archive)
+        except _BROKEN_HEADERS as error:
+            if archive.offset:
+                raise ValueError(f"damaged after {archive.offset:,} bytes: {error}") from error
+            raise
+
+
 def _tarred(path: str) -> Iterator[Member]:
     # As a stream: compressed ones cannot be read in any other order in reasonable time.
-    with tarfile.open(path, "r|*") as archive:
+    with tarfile.open(path, "r|*", tarinfo=_Header) as archive:
         while info := archive.next():
             archive.members = []  # type: ignore[attr-defined]  # it would grow with every member
             if not images.is_image_name(info.name):

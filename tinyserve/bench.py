@@ -65,17 +65,17 @@ class Measurement:
 
 
 def measure(
-    files: Sequence[Path],
-    devices: Sequence[str],
+    files: Sequence[tuple[Path, str]],
     workers: Sequence[int],
     batch_sizes: Sequence[int],
     *,
     seconds: float,
 ) -> Iterator[Measurement]:
-    """Each combination of the settings, a batch size after the other; each figure takes about so
-    many ``seconds``. What a model file or a device raises comes through."""
+    """Each model file with its device in all combinations of the other settings, a batch size
+    after the other; each figure takes about so many ``seconds``. What a model file or a device
+    raises comes through."""
     with tempfile.TemporaryDirectory(prefix="tinyserve-bench-") as folder:
-        for file, device, count in itertools.product(files, devices, workers):
+        for (file, device), count in itertools.product(files, workers):
             # Not forked: a process that starts from nothing is what a cold start is.
             with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
                 yield from process.submit(

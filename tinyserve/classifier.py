@@ -19,8 +19,8 @@ from tinyserve.engine import Engine
 from tinyserve.errors import ImageError, UsageError
 from tinyserve.modelfile import DEFAULT_MODEL, PRECISIONS, Label, ModelCard, find_model
 
-_HELD = 64 * 2**20
-"""Bytes of image files out of archives after which a batch is full."""
+_HELD = 128 * 2**20
+"""Bytes of image files out of archives that all batches at work may hold, when they are full."""
 
 Source = str | os.PathLike[str] | bytes
 
@@ -132,7 +132,7 @@ class Classifier:
         workers = self.engine.streams + 1
         with ThreadPoolExecutor(workers, thread_name_prefix="classify") as pool:
             try:
-                for batch in _batches(items, batch_size):
+                for batch in _batches(items, batch_size, _HELD // workers):
                     pending.append(pool.submit(self._classify_batch, batch, k))
                     # One batch more than are at work, so that no thread waits for the caller.
                     if len(pending) > workers:
@@ -213,14 +213,14 @@ def model_file(model: str, precision: str = "auto", device: str | None = None) -
     return find_model(model, preferred_precisions(device) if precision == "auto" else (precision,))
 
 
-def _batches(items: Iterator[Input], batch_size: int) -> Iterator[list[Input]]:
-    """So many inputs at a time, fewer where they hold much memory already."""
+def _batches(items: Iterator[Input], batch_size: int, most: int) -> Iterator[list[Input]]:
+    """So many inputs at a time, fewer where they hold more than ``most`` bytes already."""
     batch: list[Input] = []
     held = 0
     for item in items:
         batch.append(item)
         held += item.in_memory
-        if len(batch) == batch_size or held > _HELD:
+        if len(batch) == batch_size or held > most:
             yield batch
             batch, held = [], 0
     if batch:

@@ -90,6 +90,8 @@ def find_inputs(paths: Sequence[str]) -> Iterator[Input]:
 
 def _below(path: str) -> Iterator[Input]:
     if path == STDIN:
+        if sys.stdin is None:  # closed before the start, by <&-
+            raise DataError("stdin is closed")
         return _listed(sys.stdin.buffer)
     if remote.is_remote(path):
         return _not_empty(_remote(path), f"no images in {path}")
@@ -106,7 +108,8 @@ def _below(path: str) -> Iterator[Input]:
     if glob.has_magic(path):
         matches = sorted(glob.iglob(path, recursive=True), key=_natural_key)
         return _not_empty(
-            itertools.chain.from_iterable(map(_matched, matches)), f"no image matches {path}"
+            itertools.chain.from_iterable(map(_matched, _outermost(matches))),
+            f"no image matches {path}",
         )
     raise DataError(f"no such file or folder: {path}")
 
@@ -116,6 +119,17 @@ def _not_empty(found: Iterator[Input], otherwise: str) -> Iterator[Input]:
     if first is None:
         raise DataError(otherwise)
     return itertools.chain([first], found)
+
+
+def _outermost(paths: Sequence[str]) -> Iterator[str]:
+    """Those that are below no folder among them, which is searched: ``**`` matches both."""
+    folders = {path.rstrip(os.sep) for path in paths if os.path.isdir(path)}
+    for path in paths:
+        above = os.path.dirname(path.rstrip(os.sep))
+        while above and above not in folders and above != os.path.dirname(above):
+            above = os.path.dirname(above)
+        if above not in folders:
+            yield path
 
 
 def _matched(path: str) -> Iterator[Input]:
@@ -170,7 +184,7 @@ def _walk(folder: str, above: tuple[tuple[int, int], ...]) -> Iterator[str]:
             return
         with os.scandir(folder) as entries:
             for entry in entries:
-                if entry.is_dir():
+                if _is_folder(entry):
                     folders.append(entry.name)
                 elif is_image_name(entry.name):
                     found.append(entry.name)
@@ -183,6 +197,15 @@ def _walk(folder: str, above: tuple[tuple[int, int], ...]) -> Iterator[str]:
     del found
     for name in sorted(folders, key=_natural_key):
         yield from _walk(os.path.join(folder, name), (*above, here))
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    """Whether to look inside. A link that leads to itself, say, cannot be looked at: that is what
+    comes of it, and of its folder the rest."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return True
 
 
 @functools.lru_cache(maxsize=16)

@@ -162,7 +162,9 @@ def _session_problem(device: str) -> str | None:
             core.compile_model(core.read_model(TINY_MODEL), "CPU")([np.ones(1, np.float32)])
             return None
         options = session_options(threads=1)
-        session = ort.InferenceSession(TINY_MODEL, options, providers=PROVIDERS[device])
+        session = ort.InferenceSession(
+            TINY_MODEL, options, providers=PROVIDERS[device], enable_fallback=False
+        )
         session.run(None, {"x": np.ones(1, np.float32)})
     except Exception as error:  # neither runtime's errors share a base class
         return f"it cannot run a model: {str(error).strip().splitlines()[-1]}"

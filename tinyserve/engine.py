@@ -112,8 +112,9 @@ class Engine:
         """Probabilities, float32 ``[N, classes]``, rows summing to 1.
 
         ``images``: uint8 ``[N, size, size, 3]``, RGB, ``size`` as in the card; any N from 1 up.
+        Raises :class:`DeviceError` where the device fails, by running out of memory for one.
         """
-        return self._session.run(images)
+        return _run(self._session, images)
 
     def _open_best(self) -> tuple[Session, bool]:
         """On the best device there is, and whether the golden images have been replayed there;
@@ -155,6 +156,15 @@ def read_card(path: str | os.PathLike[str]) -> ModelCard:
         return read_unprepared(path)
 
 
+def _run(session: Session, images: NDArray[np.uint8]) -> NDArray[np.float32]:
+    try:
+        return session.run(images)
+    except Exception as cause:  # neither runtime's errors share a base class
+        count = f"{len(images)} image{'' if len(images) == 1 else 's'} at a time"
+        name = device_name(session.provider)
+        raise DeviceError(f"{name} failed with {count}: {_in_a_line(cause, name)}") from cause
+
+
 def _replay_golden(path: Path, session: Session) -> float | None:
     golden, card = session.card.golden, session.card
     if golden is None:
@@ -163,7 +173,7 @@ def _replay_golden(path: Path, session: Session) -> float | None:
         images, expected = golden.arrays(card.image_size, len(card.labels))
     except (ValueError, zlib.error) as error:
         raise ModelFileError(f"{path}: damaged golden images ({error})") from error
-    difference = float(np.abs(session.run(images) - expected).max())
+    difference = float(np.abs(_run(session, images) - expected).max())
     if not difference <= golden.tolerance:  # not a number is no pass
         raise GateError(
             f"{path} fails its self-test on {device_name(session.provider)}: a probability "
@@ -182,9 +192,13 @@ def _errors_in_words(path: Path, device: str) -> Iterator[None]:
     except TinyserveError:
         raise
     except Exception as cause:  # neither runtime's errors share a base class
-        lines = str(cause).strip().splitlines() or [type(cause).__name__]
+        said = _in_a_line(cause, device)
         if device == "cpu":
-            raise ModelFileError(f"{path} is no ONNX model, or damaged ({lines[0]})") from cause
-        # OpenVINO says where in its source it happened before it says what.
-        said = lines[-1] if device == "openvino" else lines[0]
+            raise ModelFileError(f"{path} is no ONNX model, or damaged ({said})") from cause
         raise DeviceError(f"device {device} cannot run {path.name}: {said}") from cause
+
+
+def _in_a_line(cause: Exception, runtime: str) -> str:
+    lines = str(cause).strip().splitlines() or [type(cause).__name__]
+    # OpenVINO says where in its source it happened before it says what.
+    return lines[-1] if runtime.lower() == "openvino" else lines[0]

@@ -40,6 +40,8 @@ MAX_BYTES = 3 * MAX_PIXELS
 # Pillow only warns between its limit and twice that; its documentation advises this filter to make
 # the limit strict. A filter is process-wide, but so is the risk.
 warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
+# And of what it finds odd in a file and reads nevertheless, in the midst of the rows.
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 
 # To open a pipe would wait for its writer otherwise. Windows has the other flag.
 _READ = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)

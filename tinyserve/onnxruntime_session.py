@@ -58,7 +58,10 @@ class OnnxRuntimeSession:
             # Weights and biases of 8-bit files become float32 once, while loading: CUDA has no
             # kernel for 32-bit biases, which would be left to the CPU.
             options.add_session_config_entry("session.disable_quant_qdq", "1")
-        self._session = ort.InferenceSession(path, options, providers=providers)
+        # Its own fallback would print to stdout, and say nothing of what was wrong.
+        self._session = ort.InferenceSession(
+            path, options, providers=providers, enable_fallback=False
+        )
         self.provider: str = self._session.get_providers()[0]
         if strict and self.provider != providers[0][0]:
             raise DeviceError(f"device {device} cannot run: ONNX Runtime chose {self.provider}")

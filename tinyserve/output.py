@@ -3,6 +3,7 @@
 JSON lines and CSV can be read back, so that an interrupted job goes on where it stopped.
 """
 
+import codecs
 import contextlib
 import csv
 import dataclasses
@@ -33,7 +34,7 @@ _PARQUET_ROWS = 10_000  # in memory at a time
 def format_of(output: str | None) -> str:
     if output is None:
         return "table"
-    return {".csv": "csv", ".parquet": "parquet"}.get(Path(output).suffix, "jsonl")
+    return {".csv": "csv", ".parquet": "parquet"}.get(Path(output).suffix.lower(), "jsonl")
 
 
 @contextlib.contextmanager
@@ -60,8 +61,10 @@ def open_rows(
         return
     with _as_output_error(output), _opened(output, "a" if append else "w") as stream:
         if format_ == "jsonl":
+            # What another encoding lacks would be written as Python escapes it, which is no JSON.
+            ascii_only = codecs.lookup(stream.encoding or "utf-8").name != "utf-8"
             yield lambda result: print(
-                json.dumps(document(result, model), ensure_ascii=False), file=stream
+                json.dumps(document(result, model), ensure_ascii=ascii_only), file=stream
             )
         elif format_ == "csv":
             yield _csv_writer(stream, k, model, header=not append)
@@ -126,7 +129,10 @@ def _read_csv(stream: TextIO, output: str) -> Iterator[dict[str, Any]]:
         return (line for line in stream if line.endswith("\n"))
 
     rows = csv.reader(whole_lines())
-    header = next(rows, None)
+    try:
+        header = next(rows, None)
+    except csv.Error:  # a field longer than any row of ours has
+        header = []
     if header is None:
         return
     if tuple(header[: len(_FIELDS)]) != _FIELDS:

@@ -112,7 +112,7 @@ def classify(
                 result = pickle.loads(row["part"])
                 if isinstance(result, TinyserveError):
                     raise result
-                if result.fallback != fallback:
+                if result.fallback not in (None, fallback):
                     fallback = result.fallback
                     logger.warning("running on the CPU: %s", fallback)
                 _write(folder / f"part-{result.number:06}.{job.format}", result.content)

@@ -14,10 +14,14 @@ class Resumed:
     """The rows in a job's output that still hold.
 
     A row holds if it is of this very model and as many predictions, did not fail, and its file has
-    the size and the time that it had. The others are taken out of the output, which is replaced by
-    what is left of it in one step, so that a kill at any moment loses and doubles nothing. Those
-    that are less sure than ``min_confidence`` become unknown, whatever they were.
+    the size and the time that it had; of what is behind a URI these are not known. The others are
+    taken out of the output, which is replaced by what is left of it in one step, so that a kill at
+    any moment loses and doubles nothing. Those that are less sure than ``min_confidence`` become
+    unknown, whatever they were.
     """
+
+    others: int = 0
+    """Rows that hold and are of none of the inputs; known when :meth:`left` has come to its end."""
 
     def __init__(
         self,
@@ -29,7 +33,9 @@ class Resumed:
     ) -> None:
         if format_ not in RESUMABLE:
             raise UsageError(f"only {' and '.join(RESUMABLE)} outputs can be resumed")
-        self._output, self._format, self._classifier = output, format_, classifier
+        # Not a link to it, of which a replacement would make a file.
+        self._output = os.path.realpath(output)
+        self._format, self._classifier = format_, classifier
         self._k, self._min_confidence = k, min_confidence
         # Hashes of paths and not the paths, of which there may be millions.
         self._done: dict[int, int] = {}
@@ -50,7 +56,7 @@ class Resumed:
                 for row in read_rows(self._output, self._format):
                     result = self._result(row)
                     if result is not None:
-                        key = hash(result.path)
+                        key = _key(result.path)
                         self._done[key] = self._done.get(key, 0) + 1
                         write(result)
                         yield result
@@ -68,6 +74,7 @@ class Resumed:
             row["model"] != self._classifier.fingerprint
             or row["error"] is not None
             or len(predictions) != self._k
+            or not row["version"]
             or row["version"] != version_of(path)
         ):
             return None
@@ -85,8 +92,14 @@ class Resumed:
     def left(self, inputs: Iterable[Input]) -> Iterator[Input]:
         """The inputs that have no row yet."""
         for item in inputs:
-            key = hash(item.path)
+            key = _key(item.path)
             if rows := self._done.get(key, 0):
                 self._done[key] = rows - 1
             else:
                 yield item
+        self.others = sum(self._done.values())
+
+
+def _key(path: str) -> int:
+    """The same for ``photos/1.jpg`` and ``./photos//1.jpg``; where ``..`` leads, links decide."""
+    return hash(path if ".." in path else os.path.normpath(path))

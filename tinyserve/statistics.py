@@ -234,7 +234,10 @@ class Statistics:
             self._images[label] += 1
         if result.error is not None:
             if len(self._failures) < FAILURES:
-                self._failures.append(Failure(input=result.input, reason=result.error))
+                item = dataclasses.replace(
+                    result.input, member=None
+                )  # its path is all that is shown
+                self._failures.append(Failure(input=item, reason=result.error))
             return
         best = result.predictions[0]
         self._predicted[best.index] += 1

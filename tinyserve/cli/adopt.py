@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from tinyserve.cli.arguments import Commands, count
+from tinyserve.cli.arguments import Commands, count, number
 
 
 def add_to(commands: Commands) -> None:
@@ -48,7 +48,7 @@ def adopt(arguments: argparse.Namespace) -> int:
 
 
 def _three_numbers(text: str) -> list[float]:
-    numbers = [float(part) for part in text.split(",")]
+    numbers = [number(part) for part in text.split(",")]
     if len(numbers) != 3:
         raise argparse.ArgumentTypeError("must be three numbers, separated by commas")
     return numbers

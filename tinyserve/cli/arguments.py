@@ -22,18 +22,32 @@ def add_json(command: argparse.ArgumentParser) -> None:
     command.add_argument("--json", action="store_true")
 
 
+def whole(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"must be a whole number, not {text!r}") from error
+
+
+def number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"must be a number, not {text!r}") from error
+
+
 def count(text: str) -> int:
-    number = int(text)
-    if number < 1:
+    found = whole(text)
+    if found < 1:
         raise argparse.ArgumentTypeError("must be at least 1")
-    return number
+    return found
 
 
 def positive(text: str) -> float:
-    number = float(text)
-    if not 0 < number < math.inf:
+    found = number(text)
+    if not 0 < found < math.inf:
         raise argparse.ArgumentTypeError("must be above 0")
-    return number
+    return found
 
 
 def model_name(model: str) -> str:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from tinyserve.classifier import model_file
 from tinyserve.cli.arguments import Commands, add_json, count, model_name, positive
 from tinyserve.cli.terminal import print_columns
-from tinyserve.devices import DEVICES, default_threads, device_name
+from tinyserve.devices import DEVICES, default_threads, device_name, wanted_device
 from tinyserve.errors import ModelFileError
 from tinyserve.modelfile import installed_models
 
@@ -32,7 +32,12 @@ def add_to(commands: Commands) -> None:
         action="append",
         help="name or .onnx file, repeatable (default: every file that is installed)",
     )
-    add("--device", action="append", choices=DEVICES, help="repeatable (default: auto)")
+    add(
+        "--device",
+        action="append",
+        choices=DEVICES,
+        help="repeatable (default: $TINYSERVE_DEVICE or auto)",
+    )
     add(
         "-j",
         "--workers",
@@ -59,17 +64,19 @@ def bench(arguments: argparse.Namespace) -> int:
 
     from tinyserve import bench as bench_module
 
-    files = [model_file(name) for name in arguments.model or installed_models()]
+    # Of a model in several precisions, each device gets the file that classify would take there.
+    files = [
+        (model_file(name, device=device), device)
+        for name in arguments.model or installed_models()
+        for device in arguments.device or [wanted_device(None)]
+    ]
     if not files:
         raise ModelFileError("no model files are installed: name one with -m")
     workers = arguments.workers or sorted({1, default_threads()})
     found = []
-    seconds = arguments.seconds
-    measured = bench_module.measure(
-        files, arguments.device or ["auto"], workers, arguments.batch_size, seconds=seconds
-    )
-    total = len(files) * len(arguments.device or ["auto"]) * len(workers)
-    with tqdm(total=total * len(arguments.batch_size), disable=None, leave=False) as bar:
+    measured = bench_module.measure(files, workers, arguments.batch_size, seconds=arguments.seconds)
+    total = len(files) * len(workers) * len(arguments.batch_size)
+    with tqdm(total=total, disable=None, leave=False) as bar:
         for entry in measured:
             found.append(entry)
             bar.update()

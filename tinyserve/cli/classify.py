@@ -15,7 +15,7 @@ from pathlib import Path
 
 from tinyserve.archives import is_archive
 from tinyserve.classifier import Classifier, model_file
-from tinyserve.cli.arguments import Commands, add_device, count, model_name
+from tinyserve.cli.arguments import Commands, add_device, count, model_name, number, whole
 from tinyserve.cli.terminal import SOME_FAILED, progress
 from tinyserve.confidence import in_words, operating_point
 from tinyserve.dataset import Input, find_inputs
@@ -107,6 +107,8 @@ def classify(arguments: argparse.Namespace) -> int:
     # Before the work, not after it.
     if arguments.summary and not os.path.isdir(os.path.dirname(arguments.summary) or "."):
         raise OutputError(f"cannot write {arguments.summary}: there is no such folder")
+    if arguments.summary and os.path.isdir(arguments.summary):
+        raise OutputError(f"cannot write {arguments.summary}: it is a folder")
     if arguments.ray is not None:
         return _classify_with_ray(arguments)
     output = arguments.output
@@ -125,7 +127,7 @@ def classify(arguments: argparse.Namespace) -> int:
         precision=arguments.precision,
         device=settings.device,
         # A few images get all the cores for each batch, one after the other.
-        streams=max(1, min(settings.workers, batches)),
+        streams=max(1, min(settings.workers, batches)) if all_of_them else settings.workers,
         self_test=not arguments.no_self_test,
     )
     k = min(arguments.topk, len(classifier.card.labels))
@@ -142,6 +144,7 @@ def classify(arguments: argparse.Namespace) -> int:
         htmlreport.make_folder(arguments.report)
         figures = statistics.Statistics(classifier.card)
         collectors.append(figures.add)
+    resumed = None
     if arguments.resume:
         resumed = Resumed(output, format_, classifier, k, threshold)
         for result in resumed.results():
@@ -184,6 +187,12 @@ def classify(arguments: argparse.Namespace) -> int:
     if arguments.report is not None:
         htmlreport.write_report(arguments.report, figures.report(summary, arguments.paths))
     code = _conclude(arguments, summary)
+    if resumed is not None and resumed.others:
+        print(
+            f"tinyserve: {resumed.others:,} of the rows are of inputs that were not asked for now; "
+            f"{output} keeps them, and they are counted",
+            file=sys.stderr,
+        )
     if arguments.report is not None:
         print(f"report: {arguments.report / htmlreport.PAGE}", file=sys.stderr)
     return code
@@ -285,6 +294,7 @@ def _settings(arguments: argparse.Namespace) -> _Settings:
     if arguments.tuned:
         from tinyserve import bench as bench_module
 
+        device = device or os.environ.get("TINYSERVE_DEVICE")
         tuned = bench_module.tuned(model_file(arguments.model, arguments.precision, device))
     return _Settings(
         device=device or (tuned.device if tuned else None),
@@ -325,14 +335,14 @@ def _summary_lines(summary: Summary) -> Iterator[str]:
 
 
 def _share(text: str) -> float:
-    number = float(text)
-    if not 0 <= number <= 1:
+    share = number(text)
+    if not 0 <= share <= 1:
         raise argparse.ArgumentTypeError("must be from 0 to 1")
-    return number
+    return share
 
 
 def _none_or_more(text: str) -> int:
-    number = int(text)
-    if number < 0:
+    most = whole(text)
+    if most < 0:
         raise argparse.ArgumentTypeError("must be at least 0")
-    return number
+    return most

@@ -4,7 +4,7 @@ import argparse
 import math
 from pathlib import Path
 
-from tinyserve.cli.arguments import Commands, add_device, count
+from tinyserve.cli.arguments import Commands, add_device, count, number, whole
 from tinyserve.modelfile import DEFAULT_MODEL
 from tinyserve.server import LOG_FORMATS, Settings
 from tinyserve.server import serve as serve_http
@@ -67,14 +67,14 @@ def serve(arguments: argparse.Namespace) -> int:
 
 
 def _not_negative(text: str) -> float:
-    number = float(text)
-    if not 0 <= number < math.inf:
+    found = number(text)
+    if not 0 <= found < math.inf:
         raise argparse.ArgumentTypeError("must be a number from 0")
-    return number
+    return found
 
 
 def _port(text: str) -> int:
-    number = int(text)
-    if not 0 <= number <= 65_535:
+    port = whole(text)
+    if not 0 <= port <= 65_535:
         raise argparse.ArgumentTypeError("must be from 0 to 65535")
-    return number
+    return port

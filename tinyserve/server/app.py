@@ -195,7 +195,10 @@ def _add_errors(app: FastAPI) -> None:
         if isinstance(error, RequestError):
             close = {"Connection": "close"} if error.status == 408 else None
             return answer(error.status, str(error), close)
-        return answer(422 if isinstance(error, ImageError) else 500, str(error))
+        if isinstance(error, ImageError):
+            return answer(422, str(error))
+        logger.error("%s", error)
+        return answer(500, str(error))
 
     @app.exception_handler(HTTPException)
     async def unrouted(request: Request, error: HTTPException) -> JSONResponse:
