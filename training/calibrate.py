@@ -17,7 +17,7 @@ from tinyserve.engine import Engine
 from tinyserve.modelfile import Calibration, OperatingPoint, Training
 from tinyserve.statistics import Reliability
 from training.data import Dataset, Split, name_of
-from training.evaluate import ServedNetwork
+from training.evaluate import ServedNetwork, at_a_time
 from training.gate import in_batches
 
 TEMPERATURES = (0.1, 10.0)
@@ -83,17 +83,23 @@ class Calibrator:
 def were_held_out(training: Training, dataset: Dataset) -> bool:
     """Whether the weights have not seen the images that ``dataset`` holds out.
 
-    The weights that they started from must have been trained on the same images or on other data.
+    The weights that they started from must have been trained with the same images held out, or on
+    other data.
     """
     if len(dataset.held_out) < 2 or training.dataset_fingerprint != dataset.fingerprint:
         return False
-    seen, earlier = (training.dataset_fingerprint, training.train_images), training.initial
-    while earlier is not None:
-        same = (earlier.dataset_fingerprint, earlier.train_images) == seen
-        if name_of(earlier.dataset) == name_of(training.dataset) and not same:
-            return False
-        earlier = earlier.initial
-    return True
+    return not may_have_seen(training.initial, training.dataset_fingerprint, training.dataset)
+
+
+def may_have_seen(training: Training | None, fingerprint: str, described: str) -> bool:
+    """Whether weights, or any that they started from, were trained on a data set of this name, but
+    not on the one of this fingerprint with as many images held out, which are always the same."""
+    while training is not None:
+        same = (training.dataset_fingerprint, training.dataset) == (fingerprint, described)
+        if name_of(training.dataset) == name_of(described) and not same:
+            return True
+        training = training.initial
+    return False
 
 
 def fit_temperature(logits: Tensor, labels: Tensor) -> float:
@@ -125,7 +131,8 @@ def _logits(served: ServedNetwork, split: Split) -> Tensor:
         return np.asarray(logits.reshape(-1, *logits.shape[-2:]).movedim(0, 1).numpy())
 
     with torch.inference_mode():
-        return torch.from_numpy(in_batches(run, split.images, _BATCH, "held-out images"))
+        batch = at_a_time(_BATCH, split.images.shape[1], served.views)
+        return torch.from_numpy(in_batches(run, split.images, batch, "held-out images"))
 
 
 def _calibration_error(probabilities: NDArray[np.float32], labels: NDArray[np.int64]) -> float:

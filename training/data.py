@@ -137,12 +137,14 @@ def load(root: Path, *, image_size: int = 64, skip_bad: bool = False, holdout: i
         if not val_files:
             raise DataError(f"no images in {root / 'val'}")
         val = _decode_split(root, "val", val_files, image_size, skip_bad=skip_bad)
-        _warn_of_duplicates(train, val)
+        _warn_of_duplicates(train.images, val)
     else:
         held_out = _evenly(train.labels, holdout or math.ceil(HOLDOUT * len(train)))
         val = Split(train.images[held_out], train.labels[held_out])
         why = "" if holdout else f"{root} has no val/: "
         _note(f"{why}{len(val):,} of {len(train):,} training images are held out for validation")
+        rest = np.setdiff1d(np.arange(len(train)), held_out)
+        _warn_of_duplicates((train.images[place] for place in rest), val)
     return Dataset(
         name=root.absolute().name,
         root=root,
@@ -169,9 +171,9 @@ def _evenly(labels: NDArray[np.int64], count: int) -> NDArray[np.int64]:
     return np.sort(order[np.argsort(share, kind="stable")[:count]])
 
 
-def _warn_of_duplicates(train: Split, val: Split) -> None:
+def _warn_of_duplicates(train: Iterable[Pixels], val: Split) -> None:
     """Say how many validation images are training images, too, pixel for pixel."""
-    digests = {hashlib.blake2b(image.data, digest_size=16).digest() for image in train.images}
+    digests = {hashlib.blake2b(image.data, digest_size=16).digest() for image in train}
     twice = sum(
         hashlib.blake2b(image.data, digest_size=16).digest() in digests for image in val.images
     )

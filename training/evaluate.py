@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from training import augment, hardware
 
 BATCH, GPU_BATCH = 64, 500
+"""Images of 64 x 64 that are evaluated at a time; of larger ones as many fewer."""
 
 
 class ServedNetwork(nn.Module):
@@ -69,6 +70,11 @@ class ServedNetwork(nn.Module):
         self.register_buffer("rows", rows)
         self.register_buffer("columns", columns)
 
+    @property
+    def views(self) -> int:
+        """How many views of an image are averaged."""
+        return 1 if self.rows is None else len(self.rows)
+
     def _crop(self, images: Tensor) -> Tensor:
         return images if self.centre is None else images[:, self.centre, self.centre]
 
@@ -83,9 +89,8 @@ class ServedNetwork(nn.Module):
         """What the network itself gives: float32 ``[N, classes]``, or ``[views, N, classes]``."""
         pixels = (self._crop(images).flatten(2).float() - self.mean) * self.scale
         pixels = pixels.unflatten(2, (-1, 3)).permute(0, 3, 1, 2)
-        views = 1
+        views = self.views
         if self.rows is not None and self.columns is not None:
-            views = len(self.rows)
             if views == 1:
                 pixels = self.rows[0] @ pixels @ self.columns[0].T
             else:
@@ -139,7 +144,7 @@ def served_accuracy(served: ServedNetwork, images: Tensor, labels: Tensor) -> Sc
     counter = _Counter(images.device)
     served.eval()
     with torch.inference_mode():
-        for indices in _batches(labels):
+        for indices in _batches(labels, images.shape[1]):
             probabilities = served(images[indices])
             counter.add(probabilities.clamp(min=1e-30).log(), labels[indices])
     return counter.score()
@@ -168,7 +173,7 @@ def view_accuracy(
         torch.inference_mode(),
         hardware.autocast(device, precision),
     ):
-        for indices in _batches(labels):
+        for indices in _batches(labels, size):
             planes = augment.normalise(images[indices], mean, std)
             count, _, height, width = planes.shape
             mean_probabilities = torch.zeros((), device=device)
@@ -182,7 +187,13 @@ def view_accuracy(
     return counter.score()
 
 
-def _batches(labels: Tensor) -> Iterator[slice]:
-    size = BATCH if labels.device.type == "cpu" else GPU_BATCH
-    for start in range(0, len(labels), size):
-        yield slice(start, start + size)
+def _batches(labels: Tensor, size: int) -> Iterator[slice]:
+    count = at_a_time(BATCH if labels.device.type == "cpu" else GPU_BATCH, size)
+    for start in range(0, len(labels), count):
+        yield slice(start, start + count)
+
+
+def at_a_time(count: int, size: int, views: int = 1) -> int:
+    """As many images of ``size`` x ``size`` as take the memory of ``count`` of 64 x 64, at most
+    ``count``."""
+    return max(1, min(count, int(count * 64**2 / (size**2 * views))))

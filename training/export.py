@@ -101,9 +101,9 @@ def export(
     graph = to_onnx(served, weights.image_size)
     origin = f", with the weights of {run.name}" if run.is_file() else ""
     gate = Gate(served, graph, dataset, reference=f"PyTorch {torch.__version__}, fp32{origin}")
+    paths: list[Path] = []
     try:
         output.mkdir(parents=True, exist_ok=True)
-        paths = []
         # Single precision first, whatever the order asked for: the others are compared with it.
         for precision in [name for name in BOUNDS if name in precisions]:
             converted, how = _converted(graph, precision, dataset)
@@ -126,7 +126,9 @@ def export(
             paths.append(path)
     except OSError as error:
         raise UsageError(f"cannot write into {output}: {error.strerror or error}") from error
-    _warn_of_others(weights, output, paths)
+    finally:
+        if paths:
+            _warn_of_others(weights, output, paths)
     return paths
 
 
@@ -150,7 +152,10 @@ def _calibrator(
 ) -> Calibrator | None:
     """Give the network its temperature; None, and said aloud, where nothing can tell which."""
     if not were_held_out(training, dataset):
-        print("note: not calibrated, as no images were held out of training", file=sys.stderr)
+        why = "no images were held out of training"
+        if len(dataset.held_out):
+            why = "the weights may have been trained on the images that are held out"
+        print(f"note: not calibrated, as {why}", file=sys.stderr)
         return None
     calibrator = Calibrator.fit(served, dataset)
     served.temperature = calibrator.temperature

@@ -36,6 +36,7 @@ from tinyserve.errors import TinyserveError, UsageError, describe_os_error
 from tinyserve.modelfile import Training
 from tinyserve.report import wilson_interval
 from training import augment, checkpoint, data, distill, distributed, hardware, pretrained
+from training.calibrate import may_have_seen
 from training.distributed import Workers
 from training.evaluate import Score, served_accuracy
 from training.hardware import PRECISIONS
@@ -87,6 +88,11 @@ def main(argv: list[str] | None = None) -> int:
     except torch.OutOfMemoryError:
         print("training.fit: the GPU's memory is full: lower --batch-size", file=sys.stderr)
         return 1
+    except RuntimeError as error:
+        if "can't allocate memory" not in str(error):
+            raise
+        print("training.fit: the memory is full: lower --batch-size", file=sys.stderr)
+        return 1
     except OSError as error:
         print(f"training.fit: {describe_os_error(error)}", file=sys.stderr)
         return 1
@@ -118,12 +124,15 @@ def _fit_from_files(
             skip_bad=arguments.skip_bad,
             holdout=config.holdout,
         )
+    asked = config.recipe
+    config = _with_batches_to_fill(config, dataset, keep_lr=_names_lr(arguments))
     out = arguments.out or Path("runs") / f"{config.arch}-{config.recipe.name}"
     run = Run(out, config, dataset, resume=arguments.resume, workers=workers)
     answers = None
     if sources:
         with workers.first_before_others():  # as above
             answers = distill.kept_answers(sources, dataset, config.recipe.distill_temperature)
+        sources.clear()  # and their memory with them
     trainer = Trainer(
         config,
         dataset,
@@ -134,17 +143,38 @@ def _fit_from_files(
         workers=workers,
     )
     if workers.first and run.saved is None:
-        if initial is not None and initial.labels != dataset.classes:
-            print("note: its classes are others: the last layer starts anew", file=sys.stderr)
-        if trainer.steps < FEW_STEPS:
-            wanted = math.ceil(FEW_STEPS / trainer.steps_per_epoch)
-            print(
-                f"note: {trainer.steps} steps are few to learn in; --epochs {wanted} makes "
-                f"{wanted * trainer.steps_per_epoch}",
-                file=sys.stderr,
-            )
+        for note in _notes(trainer, dataset, asked, initial):
+            print(f"note: {note}", file=sys.stderr)
     history = fit(trainer, run, deadline)
     _finish(dataset, trainer, run, history, initial)
+
+
+def _notes(
+    trainer: Trainer, dataset: data.Dataset, asked: Recipe, initial: checkpoint.Weights | None
+) -> Iterator[str]:
+    """What is worth knowing before a run of a recipe begins."""
+    recipe = trainer.config.recipe
+    if initial is not None:
+        if initial.labels != dataset.classes:
+            yield "its classes are others: the last layer starts anew"
+        seen = may_have_seen(initial.training, dataset.fingerprint, dataset.described)
+        if seen and len(dataset.held_out):
+            yield (
+                "the weights of --init may have been trained on images that are held out now: "
+                "what is measured on these is too good"
+            )
+    if asked.batch_size != recipe.batch_size:
+        lower = f", and the learning rate is as much lower: {recipe.lr:.3g}"
+        yield (
+            f"a batch has all {recipe.batch_size} images, not {asked.batch_size}"
+            f"{lower if asked.lr != recipe.lr else ''}"
+        )
+    if trainer.steps < FEW_STEPS:
+        wanted = math.ceil(FEW_STEPS / trainer.steps_per_epoch)
+        yield (
+            f"{trainer.steps} steps are few to learn in; --epochs {wanted} makes "
+            f"{wanted * trainer.steps_per_epoch}"
+        )
 
 
 def fit(trainer: Trainer, run: Run, deadline: float | None = None) -> list[Row]:
@@ -377,6 +407,23 @@ def _configure(arguments: argparse.Namespace) -> tuple[Config, torch.device]:
         compile=arguments.compile,
     )
     return config, device
+
+
+def _names_lr(arguments: argparse.Namespace) -> bool:
+    return arguments.lr is not None or any(change.startswith("lr=") for change in arguments.set)
+
+
+def _with_batches_to_fill(config: Config, dataset: data.Dataset, *, keep_lr: bool) -> Config:
+    """Batches of no more images than there are; the learning rate falls in proportion."""
+    images = len(dataset.train) - len(dataset.held_out)
+    if config.limit_train is not None:
+        images = min(images, config.limit_train)
+    recipe = config.recipe
+    if images >= recipe.batch_size:
+        return config
+    lr = recipe.lr if keep_lr else recipe.lr * images / recipe.batch_size
+    recipe = dataclasses.replace(recipe, batch_size=images, lr=lr)
+    return dataclasses.replace(config, recipe=recipe)
 
 
 def _check_sizes(arch: str, recipe: Recipe) -> None:

@@ -20,7 +20,7 @@ from tinyserve.errors import GateError
 from tinyserve.modelfile import INPUT_NAME, OUTPUT_NAME, Evidence
 from tinyserve.onnxruntime_session import session_options
 from training import data
-from training.evaluate import ServedNetwork
+from training.evaluate import ServedNetwork, at_a_time
 
 GATE_IMAGES = 1000
 GATE_BATCHES = (1, 3, 64)
@@ -82,7 +82,9 @@ class Gate:
         self._judged = data.Split(self.images, labels) if missing > 0 else self.val
         with torch.inference_mode():
             self._expected = in_batches(
-                lambda part: served(torch.from_numpy(part)).numpy(), self.images, max(GATE_BATCHES)
+                lambda part: served(torch.from_numpy(part)).numpy(),
+                self.images,
+                at_a_time(max(GATE_BATCHES), self.images.shape[1], served.views),
             )
         self._fp32 = graph.SerializeToString()
         self._fp32_correct: int | None = None

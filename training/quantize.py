@@ -21,6 +21,7 @@ from onnxruntime.quantization import (
 )
 
 from tinyserve.modelfile import INPUT_NAME
+from training.evaluate import at_a_time
 from training.gate import in_batches, runner
 
 CALIBRATION_IMAGES = 256
@@ -112,19 +113,23 @@ def to_int8(
         kept = [*_before_network(model), *_last(model)]
         expected = _answers(model, choice)
         candidates = []
+        reader = _Images(calibration)
         for name, method in _METHODS.items():
             path = Path(folder) / f"{name}.onnx"
             with _quiet():
                 quantize_static(
                     prepared,
                     path,
-                    _Images(calibration),
+                    reader,
                     quant_format=QuantFormat.QDQ,
                     per_channel=True,
                     activation_type=QuantType.QUInt8,
                     weight_type=QuantType.QInt8,
                     nodes_to_exclude=kept,
                     calibrate_method=method,
+                    # For all methods, not only that one, and in memory that does not grow with the
+                    # images: the outputs of every layer are kept for one slice of them at a time.
+                    extra_options={"CalibStridedMinMax": reader.slice},
                 )
             quantized = onnx.load(path)
             _share_ranges(quantized.graph)
@@ -145,14 +150,25 @@ def _quiet() -> Iterator[None]:
 
 
 class _Images(CalibrationDataReader):  # type: ignore[misc]
-    """Batches of images for the calibrator, which asks for the next until there is none."""
+    """Images for the calibrator, which takes them a slice at a time, all as long."""
+
+    slice: int
+    """Images."""
 
     def __init__(self, images: NDArray[np.uint8]) -> None:
-        self._batches = iter(np.array_split(images, range(_BATCH, len(images), _BATCH)))
+        self.slice = min(at_a_time(_BATCH, images.shape[1]), len(images))
+        self._images = images[: len(images) // self.slice * self.slice]
+        self._next: NDArray[np.uint8] | None = None
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def set_range(self, start_index: int, end_index: int) -> None:
+        self._next = self._images[start_index:end_index]
 
     def get_next(self) -> dict[str, NDArray[np.uint8]] | None:
-        batch = next(self._batches, None)
-        return None if batch is None else {INPUT_NAME: batch}
+        images, self._next = self._next, None
+        return None if images is None else {INPUT_NAME: images}
 
 
 def _answers(model: onnx.ModelProto, images: NDArray[np.uint8]) -> NDArray[np.int64]:

@@ -35,8 +35,9 @@ beside the images, and larger parts are no faster. Batch norm takes its statisti
 AVERAGED_SHARE = 0.2
 """Of all steps: an average of weights goes back no further, whatever its decay."""
 
-REFIT_IMAGES = 1024
-"""Training images that give the batch norms of weights to start from their first statistics."""
+REFIT_IMAGES = (32, 1024)
+"""At least and at most so many training images give the batch norms of weights to start from their
+first statistics: as many as take the memory of two parts of a batch on a CPU."""
 
 
 class Trainer:
@@ -59,7 +60,7 @@ class Trainer:
     size: int
     """Side in pixels of the images of the last step."""
     _activations: float
-    """On a CPU: numbers that all layers give for each pixel of an image."""
+    """Numbers that all layers give for each pixel of an image."""
     _order: Tensor | None
     """The epoch's permutation of the training images; drawn at its first step."""
     _sums: Tensor
@@ -110,11 +111,10 @@ class Trainer:
                 if isinstance(module, nn.Dropout):
                     module.p = recipe.dropout
         self.model = network.to(device).to(memory_format=torch.channels_last)
+        self._activations = activations_per_pixel(self.model, recipe.final_size)
         if initial is not None:
             pretrained.start_from(self.model, initial, dataset.classes)
             self._refit_norms()
-        if device.type == "cpu":
-            self._activations = activations_per_pixel(self.model, recipe.final_size)
         self.average: _RunningAverage | None = None
         if recipe.ema is not None:
             # In a run of few steps a slow average would hardly have left the first weights.
@@ -290,7 +290,10 @@ class Trainer:
     def _refit_norms(self) -> None:
         recipe = self.config.recipe
         self.size = recipe.training_size(0, self.steps_per_epoch)
-        some = self.subset[:: math.ceil(len(self.subset) / REFIT_IMAGES)]
+        least, most = REFIT_IMAGES
+        wanted = int(2 * CPU_ACTIVATIONS / (self.size**2 * self._activations))
+        wanted = min(most, max(least, wanted))
+        some = self.subset[:: math.ceil(len(self.subset) / wanted)]
         _, height, width, _ = self.images.shape
         boxes = augment.placed_crops(len(some), height, width, recipe.crop, self.device)
         x, _ = self._batch(some, boxes)

@@ -79,12 +79,14 @@ def test_only_images_that_no_weights_have_seen_count(trained, held_out, photos):
     other = dataclasses.replace(trained, dataset_fingerprint="1" * 64)
     assert not were_held_out(other, held_out)
     # Weights to start from: with the same images held out, of all images, of other data.
-    seen = dataclasses.replace(trained, train_images=27)
+    fewer = dataclasses.replace(trained, train_images=10)  # --limit-train
+    seen = dataclasses.replace(trained, dataset="photos, 3 held out of train")
     elsewhere = dataclasses.replace(other, dataset="imagenet")
     whole = dataclasses.replace(other, dataset="photos", train_images=27)
     assert trained.dataset == f"photos, {HELD_OUT} held out of train"
     for initial, expected in (
-        (trained, True), (seen, False), (other, False), (whole, False), (elsewhere, True)
+        (trained, True), (fewer, True), (seen, False), (other, False), (whole, False),
+        (elsewhere, True),
     ):  # fmt: skip
         assert were_held_out(dataclasses.replace(trained, initial=initial), held_out) is expected
         later = dataclasses.replace(trained, initial=initial)

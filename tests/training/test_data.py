@@ -172,6 +172,18 @@ def test_validation_pictures_that_are_trained_on_are_counted(folders, capsys):
     ]
 
 
+def test_held_out_pictures_that_are_trained_on_are_counted(bare, capsys):
+    for name in ("amber", "jade"):
+        for i in range(5):
+            shutil.copy(bare / name / f"{i}.jpg", bare / name / f"{i} (1).jpg")
+    dataset = data.load(bare)
+    trained_on = np.delete(dataset.train.images, dataset.held_out, axis=0)
+    twice = sum((trained_on == picture).all(axis=(1, 2, 3)).any() for picture in dataset.val.images)
+    assert twice > 0
+    note = f"note: {twice} of {len(dataset.val)} validation images are training images, too"
+    assert capsys.readouterr().err.splitlines()[-1] == note
+
+
 # What is held out
 
 
@@ -247,9 +259,9 @@ def test_without_val_a_tenth_is_held_out_rounded_up(
 ):
     shutil.rmtree(folders / "val")
     shutil.rmtree(folders / "train")
-    for name in ("amber", "jade", "violet"):
+    for number, name in enumerate(("amber", "jade", "violet")):
         for i in range(pictures):
-            make_picture(folders / "train" / name / f"{i}.jpg", (9, 9, 9), i)
+            make_picture(folders / "train" / name / f"{i}.jpg", (9, 9, 9), 10 * number + i)
     dataset = data.load(folders)
     assert len(dataset.val) == held_out
     assert capsys.readouterr().err.splitlines() == [

@@ -16,6 +16,7 @@ from tinyserve import images
 from tinyserve.classifier import Classifier
 from tinyserve.dataset import find_inputs
 from tinyserve.engine import Engine, read_card
+from tinyserve.errors import GateError
 from tinyserve.images import RESIZE_RULE
 from tinyserve.modelfile import METADATA_KEY, ModelCard, find_model
 from training import checkpoint, data, export, gate
@@ -276,6 +277,22 @@ def test_data_of_other_classes_is_one_line(small_run, tmp_path, bare, capsys):
     assert export.main([str(small_run), "-o", str(output), "--data", str(bare)]) == 2
     check_one_line(capsys, "has other classes")
     assert not output.exists()
+
+
+@pytest.mark.slow
+def test_files_with_other_weights_are_named_after_a_failure_too(
+    small_run, tmp_path, capsys, monkeypatch
+):
+    shutil.copy(find_model("baseline", ("int8",)), tmp_path)
+
+    def refused(*_: object) -> None:
+        raise GateError("not good enough")
+
+    monkeypatch.setattr(export.quantize, "to_int8", refused)
+    assert export.main([str(small_run), "-o", str(tmp_path), "--precision", "fp32,int8"]) == 4
+    said = capsys.readouterr().err
+    assert "baseline.int8.onnx has other weights" in said
+    assert said.splitlines()[-1] == "training.export: not good enough"
 
 
 @pytest.mark.slow

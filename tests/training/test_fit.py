@@ -15,6 +15,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tinyserve.engine import Engine
 from tinyserve.modelfile import Label
 from training import augment, checkpoint, data, export, fit
+from training import trainer as trainer_module
 from training.models import ARCHS, count_parameters, is_auxiliary
 from training.recipes import RECIPES
 from training.run import Config
@@ -529,6 +530,51 @@ def test_kept_answers_are_mixed_as_the_images_and_their_labels(photos, make_trai
     assert torch.allclose(wanted, targets.roll(1, dims=1), atol=1e-3)
     assert torch.allclose(targets.sum(dim=1), torch.ones(len(targets)))
     assert ((targets > 0.05).sum(dim=1) == 2).any()  # some of two classes
+
+
+def test_weights_that_saw_what_is_held_out_now_are_said(finished, photos, tmp_path, capsys):
+    arguments = f"--arch inception --init {finished.folder} --epochs 1 -b 4 --time-limit 0"
+    words = "may have been trained on images that are held out now"
+    for number, (holdout, expected) in enumerate((("--holdout 5", True), ("", False))):
+        fit_here(tmp_path / str(number), photos, f"{arguments} {holdout}")
+        assert (words in capsys.readouterr().err) is expected
+
+
+def test_weights_are_refitted_to_as_many_images_as_memory_holds(make_trainer, monkeypatch):
+    shown = []
+    monkeypatch.setattr(trainer_module.pretrained, "refit_norms", lambda _, x: shown.append(len(x)))
+    monkeypatch.setattr(trainer_module, "REFIT_IMAGES", (2, 20))
+    trainer = make_trainer(limit_train=24)
+    trainer.size = 24
+    for activations, expected in ((1.0, 12), (1e9, 2), (2 * 240e6 / 24**2 / 6.5, 6)):
+        trainer._activations = activations
+        trainer._refit_norms()
+        assert shown.pop() == expected
+
+
+@pytest.mark.parametrize(
+    ("given", "lr"), [("", 0.4 * 27 / 512), ("--lr 0.3", 0.3), ("--set lr=0.3", 0.3)]
+)
+def test_a_batch_of_few_images_has_a_lower_learning_rate(photos, tmp_path, capsys, given, lr):
+    arguments = f"--arch inception --epochs 1 --time-limit 0 {given}"
+    fit_here(tmp_path / "run", photos, arguments)
+    recipe = json.loads((tmp_path / "run" / "config.json").read_text())["config"]["recipe"]
+    assert (recipe["batch_size"], recipe["lr"]) == (27, pytest.approx(lr))
+    said = capsys.readouterr().err
+    assert "note: a batch has all 27 images, not 512" in said
+    assert ("the learning rate is as much lower: 0.0211" in said) is not given
+    # The same command goes on with it.
+    assert fit_here(tmp_path / "run", photos, f"{arguments} --resume") == 0
+    assert "resumed" in capsys.readouterr().err
+
+
+def test_memory_that_is_full_is_one_line(photos, tmp_path, monkeypatch, check_one_line):
+    def full(*_: object, **__: object) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to")
+
+    monkeypatch.setattr(fit, "Trainer", full)
+    assert fit_here(tmp_path / "run", photos, "--arch inception -b 4") == 1
+    check_one_line("lower --batch-size")
 
 
 # Short runs in this process

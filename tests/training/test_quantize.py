@@ -73,3 +73,34 @@ def test_the_mean_is_subtracted_from_rows_not_from_pixels(graph):
     (subtraction,) = named(graph, "Sub")
     values = {tensor.name: tensor.dims for tensor in graph.initializer}
     assert list(values[subtraction.input[1]]) == [3 * 32]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [1, 33, 67])
+def test_any_number_of_images_of_any_size_can_be_calibrated_on(monkeypatch, count):
+    torch.manual_seed(0)
+    network = ARCHS["baseline"](5, image_size=32, batch_norm=True).eval()
+    colour = torch.full((3,), 110.0)
+    served = ServedNetwork(network, colour, colour / 2, image_size=48, crop=32, network_size=32)
+    images = np.random.default_rng(0).integers(0, 256, (count, 48, 48, 3), dtype=np.uint8)
+    seen = []
+
+    class Watched(quantize._Images):
+        def get_next(self):
+            batch = super().get_next()
+            seen.append(0 if batch is None else len(batch["images"]))
+            return batch
+
+    monkeypatch.setattr(quantize, "_Images", Watched)
+    made = quantize.to_int8(export.to_onnx(served.eval(), 48), images, images)
+    assert made.method in quantize._METHODS
+    assert made.agreement > 0.9
+    whole = count // min(count, 32) * min(count, 32)
+    assert sum(seen) == whole * len(quantize._METHODS)
+    assert max(seen) <= 32
+
+
+def test_of_larger_images_fewer_are_calibrated_on_at_a_time():
+    sizes = {size: quantize._Images(np.empty((64, size, size, 3), np.uint8)) for size in (64, 256)}
+    assert [reader.slice for reader in sizes.values()] == [32, 2]
+    assert [len(reader) for reader in sizes.values()] == [64, 64]
