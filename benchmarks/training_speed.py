@@ -14,7 +14,8 @@ import argparse
 import dataclasses
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,9 @@ class Usual(Fed):
         return x, labels.to(self.device, non_blocking=True)
 
 
-def usual_loader(root: Path, trainer: Trainer, workers: int) -> Iterator[tuple[Tensor, Tensor]]:
+def usual_loader(
+    root: Path, trainer: Trainer, workers: int
+) -> Generator[tuple[Tensor, Tensor], None, None]:
     recipe = trainer.config.recipe
     size = recipe.final_size
     crop = (
@@ -184,7 +187,16 @@ def main() -> None:
         "without data work": Limit(config, dataset, device),
         "DataLoader": (usual := Usual(config, dataset, device)),
     }
-    usual.loader = usual_loader(arguments.data, usual, arguments.workers)
+
+    def turn(trainer: Trainer, steps: int) -> float:
+        if trainer is not usual:
+            return seconds(trainer, steps)
+        # Its workers work in its own turn alone, and what they made ready before it does not count.
+        with closing(usual_loader(arguments.data, usual, arguments.workers)) as usual.loader:
+            for _ in range(PREFETCHED * arguments.workers):
+                next(usual.loader)
+            return seconds(usual, steps)
+
     print(
         f"{arguments.arch}, {recipe.final_size} px, batches of {recipe.batch_size}, "
         f"{config.precision}, {hardware.name_of(device)}, "
@@ -192,14 +204,11 @@ def main() -> None:
         f"medians of {arguments.rounds} rounds of {arguments.steps} steps"
     )
     for trainer in trainers.values():
-        seconds(trainer, 2)
+        turn(trainer, 2)
     times: dict[str, list[float]] = {name: [] for name in trainers}
     for _ in range(arguments.rounds):
         for name, trainer in trainers.items():
-            if trainer is usual:  # what its workers made ready in the others' turns
-                for _ in range(PREFETCHED * arguments.workers):
-                    next(usual.loader)
-            times[name].append(seconds(trainer, arguments.steps))
+            times[name].append(turn(trainer, arguments.steps))
     images = arguments.steps * recipe.batch_size
     speeds = {name: images / statistics.median(rounds) for name, rounds in times.items()}
     for name, speed in speeds.items():

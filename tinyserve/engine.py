@@ -159,6 +159,8 @@ def read_card(path: str | os.PathLike[str]) -> ModelCard:
 def _run(session: Session, images: NDArray[np.uint8]) -> NDArray[np.float32]:
     try:
         return session.run(images)
+    except TypeError:  # of the caller
+        raise
     except Exception as cause:  # neither runtime's errors share a base class
         count = f"{len(images)} image{'' if len(images) == 1 else 's'} at a time"
         name = device_name(session.provider)

@@ -18,8 +18,10 @@ def network() -> ServedNetwork:
     linear = torch.nn.Linear(3, 3)
     linear.weight.data = 3 * torch.eye(3)
     linear.bias.data = torch.tensor([0.1, 0.0, -0.1])
+    each = torch.nn.Conv2d(3, 3, 1, groups=3, bias=False)
+    each.weight.data = torch.tensor([0.5, 1.0, 1.5]).reshape(3, 1, 1, 1)
     layers = torch.nn.Sequential(
-        torch.nn.Conv2d(3, 3, 1, groups=3),
+        each,
         torch.nn.AdaptiveAvgPool2d(1),
         torch.nn.Flatten(),
         linear,
