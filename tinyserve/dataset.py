@@ -200,8 +200,8 @@ def _walk(folder: str, above: tuple[tuple[int, int], ...]) -> Iterator[str]:
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
-    """Whether to look inside. A link that leads to itself, say, cannot be looked at: that is what
-    comes of it, and of its folder the rest."""
+    """Whether to look inside. Where that cannot be told, as of a link that leads to itself, too: it
+    fails there, by itself, and the rest of its folder is found."""
     try:
         return entry.is_dir()
     except OSError:
