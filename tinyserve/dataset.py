@@ -107,10 +107,7 @@ def _below(path: str) -> Iterator[Input]:
         return iter([_with_label(path)])
     if glob.has_magic(path):
         matches = sorted(glob.iglob(path, recursive=True), key=_natural_key)
-        return _not_empty(
-            itertools.chain.from_iterable(map(_matched, _outermost(matches))),
-            f"no image matches {path}",
-        )
+        return _not_empty(_matched(matches), f"no image matches {path}")
     raise DataError(f"no such file or folder: {path}")
 
 
@@ -121,21 +118,21 @@ def _not_empty(found: Iterator[Input], otherwise: str) -> Iterator[Input]:
     return itertools.chain([first], found)
 
 
-def _outermost(paths: Sequence[str]) -> Iterator[str]:
-    """Those that are below no folder among them, which is searched: ``**`` matches both."""
+def _matched(paths: Sequence[str]) -> Iterator[Input]:
+    """The images among these, and those below the folders among them, each once: ``**`` matches
+    what is in a folder, too."""
     folders = {path.rstrip(os.sep) for path in paths if os.path.isdir(path)}
     for path in paths:
-        above = os.path.dirname(path.rstrip(os.sep))
-        while above and above not in folders and above != os.path.dirname(above):
+        bare = path.rstrip(os.sep)
+        above = os.path.dirname(bare)
+        while above not in folders and above != os.path.dirname(above):
             above = os.path.dirname(above)
-        if above not in folders:
-            yield path
-
-
-def _matched(path: str) -> Iterator[Input]:
-    if os.path.isdir(path):
-        return map(_with_label, walk_images(path))
-    return iter([_with_label(path)] if is_image_name(path) else [])
+        if above in folders:
+            continue
+        if bare in folders:
+            yield from map(_with_label, walk_images(path))
+        elif is_image_name(path):
+            yield _with_label(path)
 
 
 def _listed(lines: Iterable[bytes]) -> Iterator[Input]:

@@ -234,9 +234,8 @@ class Statistics:
             self._images[label] += 1
         if result.error is not None:
             if len(self._failures) < FAILURES:
-                item = dataclasses.replace(
-                    result.input, member=None
-                )  # its path is all that is shown
+                # Its path is all that is shown.
+                item = dataclasses.replace(result.input, member=None)
                 self._failures.append(Failure(input=item, reason=result.error))
             return
         best = result.predictions[0]
