@@ -22,9 +22,7 @@ from tinyserve.errors import DataError, UsageError
 from tinyserve.modelfile import Label
 from training import data, hardware, pretrained
 from training.checkpoint import Weights
-
-_ASKED_AT_ONCE = 64
-"""Images."""
+from training.evaluate import BATCH, GPU_BATCH, at_a_time
 
 
 class Teacher(nn.Module):
@@ -74,6 +72,8 @@ class Source:
     """As :func:`training.pretrained.identify` has it."""
     labels: tuple[Label, ...]
     image_size: int
+    batch: int
+    """Images to ask about at a time."""
     ask: Callable[[data.Pixels], Tensor]
     """From images, uint8 ``[N, image_size, image_size, 3]``, to probabilities, ``[N, classes]``."""
 
@@ -88,7 +88,11 @@ def open_source(path: Path, device: torch.device, precision: str) -> Source:
         engine = Engine(path)
         card = engine.card
         return Source(
-            name, card.labels, card.image_size, lambda images: torch.from_numpy(engine.run(images))
+            name,
+            card.labels,
+            card.image_size,
+            at_a_time(BATCH, card.image_size),
+            lambda images: torch.from_numpy(engine.run(images)),
         )
     weights = pretrained.load(path)
     network = weights.served().to(device).to(memory_format=torch.channels_last)
@@ -98,7 +102,9 @@ def open_source(path: Path, device: torch.device, precision: str) -> Source:
             answers: Tensor = network(torch.from_numpy(images).to(device))
         return answers.cpu()
 
-    return Source(pretrained.identify(path), weights.labels, weights.image_size, ask)
+    size = weights.image_size
+    batch = at_a_time(BATCH if device.type == "cpu" else GPU_BATCH, size)
+    return Source(pretrained.identify(path), weights.labels, size, batch, ask)
 
 
 def kept_answers(sources: Sequence[Source], dataset: data.Dataset, temperature: float) -> Tensor:
@@ -137,9 +143,10 @@ def kept_answers(sources: Sequence[Source], dataset: data.Dataset, temperature: 
 
 def _ask(sources: Sequence[Source], images: data.Pixels, temperature: float) -> Tensor:
     answers = []
+    count = min(source.batch for source in sources)
     with tqdm(total=len(images), desc="teacher", unit="image", disable=None) as bar:
-        for start in range(0, len(images), _ASKED_AT_ONCE):
-            batch = images[start : start + _ASKED_AT_ONCE]
+        for start in range(0, len(images), count):
+            batch = images[start : start + count]
             # Softmax of logits over T, from the softmax of the logits.
             soft = [(source.ask(batch).log() / temperature).softmax(dim=1) for source in sources]
             answers.append(torch.stack(soft).mean(dim=0).half())
