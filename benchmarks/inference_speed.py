@@ -38,7 +38,7 @@ import onnxruntime as ort
 from tinyserve.devices import default_threads, device_name
 from tinyserve.engine import Engine
 from tinyserve.modelfile import INPUT_NAME, write_model
-from tinyserve.onnxruntime_session import PROVIDERS, session_options
+from tinyserve.onnxruntime_session import execution_providers, session_options
 
 SLOWEST = 6
 """How many nodes are shown by name."""
@@ -77,7 +77,7 @@ def profile(path: Path, device: str, batch: int, rounds: int) -> None:
     options.enable_profiling = True
     with tempfile.TemporaryDirectory() as folder:
         options.profile_file_prefix = str(Path(folder) / "profile")
-        providers = PROVIDERS.get(device, PROVIDERS["cpu"])
+        providers = execution_providers(device, card.precision)
         session = ort.InferenceSession(path, options, providers=providers)
         images = pixels(batch, card.image_size)
         for _ in range(rounds):

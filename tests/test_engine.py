@@ -4,7 +4,7 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 
-from tinyserve import engine
+from tinyserve import engine, onnxruntime_session
 from tinyserve.devices import CPU, CUDA, OPENVINO, cuda_problem, device_name, openvino_problem
 from tinyserve.engine import Engine, read_card
 from tinyserve.errors import DeviceError, ModelFileError, UsageError
@@ -39,6 +39,24 @@ def test_cuda_is_strict_and_auto_falls_back_aloud(caplog):
     caplog.clear()
     assert Engine(path, device="cpu").fallback is None
     assert caplog.text == ""
+
+
+@pytest.mark.parametrize(("name", "tf32"), [("resnet20.fp16", "1"), ("inception.int8", "0")])
+def test_only_files_in_half_precision_may_round_on_a_gpu(monkeypatch, name, tf32):
+    """Without TF32 ONNX Runtime keeps convolutions off the tensor cores, in any precision."""
+    path, asked = find_model(name), []
+    card = read_card(path)
+
+    def open_session(*_, providers, **__):
+        asked.extend(providers)
+        raise RuntimeError("no GPU")
+
+    monkeypatch.setattr(engine, "device_problem", lambda _: None)
+    monkeypatch.setattr(onnxruntime_session, "read_unprepared", lambda _: card)
+    monkeypatch.setattr(onnxruntime_session.ort, "InferenceSession", open_session)
+    with pytest.raises(DeviceError, match="no GPU"):
+        Engine(path, device="cuda")
+    assert [(provider, options["use_tf32"]) for provider, options in asked] == [(CUDA, tf32)]
 
 
 def test_a_gpu_that_is_full_is_no_damaged_file(monkeypatch, caplog):

@@ -24,7 +24,7 @@ from tinyserve.devices import (
 from tinyserve.engine import Engine
 from tinyserve.errors import DeviceError, GateError, TinyserveError
 from tinyserve.modelfile import installed_models, search_folders
-from tinyserve.onnxruntime_session import PROVIDERS, session_options
+from tinyserve.onnxruntime_session import execution_providers, session_options
 
 # y = Relu(x) of one number, as an ONNX file: something that every device can run.
 TINY_MODEL = (
@@ -162,14 +162,15 @@ def _session_problem(device: str) -> str | None:
             core.compile_model(core.read_model(TINY_MODEL), "CPU")([np.ones(1, np.float32)])
             return None
         options = session_options(threads=1)
+        providers = execution_providers(device)
         session = ort.InferenceSession(
-            TINY_MODEL, options, providers=PROVIDERS[device], enable_fallback=False
+            TINY_MODEL, options, providers=providers, enable_fallback=False
         )
         session.run(None, {"x": np.ones(1, np.float32)})
     except Exception as error:  # neither runtime's errors share a base class
         return f"it cannot run a model: {str(error).strip().splitlines()[-1]}"
     chosen = session.get_providers()[0]
-    return None if chosen == PROVIDERS[device][0][0] else f"ONNX Runtime chose {chosen}"
+    return None if chosen == providers[0][0] else f"ONNX Runtime chose {chosen}"
 
 
 def _described(device: str) -> str:

@@ -23,23 +23,31 @@ from tinyserve.modelfile import (
 )
 
 # The default is to search exhaustively for the fastest convolutions, again for every new size of a
-# batch, to transpose images to a layout that tensor cores do not like, and to cut the factors of
-# float32 products to ten bits, which is less than what the gate allows a file to differ.
-_CUDA = (CUDA, {"cudnn_conv_algo_search": "HEURISTIC", "prefer_nhwc": "1", "use_tf32": "0"})
+# batch, and to transpose images to a layout that tensor cores do not like.
+_CUDA = {"cudnn_conv_algo_search": "HEURISTIC", "prefer_nhwc": "1"}
 
-PROVIDERS: dict[str, list[tuple[str, dict[str, str]]]] = {
-    "cpu": [(CPU, {})],
-    "cuda": [_CUDA],
-    "tensorrt": [(TENSORRT, {}), _CUDA],  # what TensorRT cannot run is left to CUDA
-}
-"""Execution providers by device, the preferred one first."""
+
+def execution_providers(device: str, precision: str = "fp32") -> list[tuple[str, dict[str, str]]]:
+    """Execution providers of ONNX Runtime and their options, the preferred one first.
+
+    ``device`` is ``cpu``, ``cuda`` or ``tensorrt``, ``precision`` that of the file to run.
+    """
+    if device == "cpu":
+        return [(CPU, {})]
+    # TF32 cuts the factors of float32 products to ten bits, which is less than what the gate allows
+    # a file to differ. Without it, though, ONNX Runtime keeps convolutions of any type off the
+    # tensor cores: those in half precision took more than twice as long.
+    cuda = (CUDA, {**_CUDA, "use_tf32": "1" if precision == "fp16" else "0"})
+    # What TensorRT cannot run is left to CUDA.
+    return [(TENSORRT, {}), cuda] if device == "tensorrt" else [cuda]
+
 
 _ERRORS_ONLY = 3  # a severity; ONNX Runtime's warnings are about details nobody can act on
 _TYPES = {"tensor(uint8)": "uint8", "tensor(float)": "float32"}
 
 
 class OnnxRuntimeSession:
-    """On the providers of a device in :data:`PROVIDERS` and no others, or :class:`DeviceError` is
+    """On the :func:`execution_providers` of a device and no others, or :class:`DeviceError` is
     raised; unless ``strict`` is False, then the CPU does what they cannot.
 
     As many as ``streams`` calls of :meth:`run` share ``threads`` CPU threads.
@@ -49,9 +57,11 @@ class OnnxRuntimeSession:
         self, path: Path, device: str, *, threads: int, streams: int = 1, strict: bool = True
     ) -> None:
         options = session_options(max(1, threads // streams))
-        providers = PROVIDERS[device]
+        # What is in the file has to be known before it is opened to run on a GPU.
+        precision = "fp32" if device == "cpu" else read_unprepared(path).precision
+        providers = execution_providers(device, precision)
         if not strict:
-            providers = [*providers, *PROVIDERS["cpu"]]
+            providers += execution_providers("cpu")
         elif device != "cpu":
             options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
         if device == "cuda":
@@ -87,7 +97,7 @@ def session_options(threads: int) -> ort.SessionOptions:
     # another process. On two cores the 8-bit models are a third slower with it, even alone.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     # Without VNNI, products of 8 bits are added up in 16, which overflow, unless ONNX Runtime makes
-    # unsigned weights of the signed ones, which is slower. With VNNI this changes nothing.
+    # unsigned weights of signed ones, which is slower. It does so where they have more than 7 bits.
     options.add_session_config_entry("session.x64quantprecision", "1")
     return options
 

@@ -61,11 +61,8 @@ class Recipe:
     """What counts at evaluation and in the exported file: the centre of the stored image."""
     sizes: tuple[tuple[float, int], ...]
     """Size of the images that the network is trained on, by progress: (share of all steps from
-    which it holds, size)."""
-    served_size: int | None = None
-    """Size at which the network is evaluated and served; None for the last one of training.
-    Resized crops show things larger than they are in whole images, so a size somewhat above it can
-    be the right one; a network is much worse far from what it was trained on (arXiv:1906.06423)."""
+    which it holds, size). It is evaluated and served at the last one: networks are much worse at
+    sizes they were not trained on (arXiv:1906.06423)."""
     crop_area: tuple[float, float] | None
     """Area of random resized crops as a fraction of the image; None for random crops unscaled."""
     cutmix: float = 0.0
@@ -84,8 +81,8 @@ class Recipe:
             raise UsageError("epochs and batch size must be at least 1")
         if not self.lr > 0:
             raise UsageError("the learning rate must be above 0")
-        if self.crop < 1 or min(self.final_size, *(size for _, size in self.sizes)) < 1:
-            raise UsageError("crop and sizes must be at least 1 pixel")
+        if self.crop < 1 or min(size for _, size in self.sizes) < 1:
+            raise UsageError("crop and training sizes must be at least 1 pixel")
         if self.weight_decay < 0:
             raise UsageError("the weight decay must be at least 0")
         if self.nesterov and not self.momentum:
@@ -148,25 +145,20 @@ class Recipe:
             return min(image_size, max(SMALLEST_IMAGE, round(size * image_size / 64 / 8) * 8))
 
         sizes = tuple((start, scaled(size)) for start, size in self.sizes)
-        served = None if self.served_size is None else scaled(self.served_size)
-        return dataclasses.replace(self, crop=scaled(self.crop), sizes=sizes, served_size=served)
+        return dataclasses.replace(self, crop=scaled(self.crop), sizes=sizes)
 
     @property
     def final_size(self) -> int:
         """The size at which the network is evaluated and served."""
-        return self.sizes[-1][1] if self.served_size is None else self.served_size
-
-    def validation_size(self, size: int) -> int:
-        """The size at which a network is validated that is trained on a size now."""
-        return self.final_size if size == self.sizes[-1][1] else size
+        return self.sizes[-1][1]
 
     def auxiliary_weight_at(self, progress: float) -> float:
         """Weight of each auxiliary head's loss after a share of all steps."""
         return self.auxiliary_weight * (1 - progress if self.auxiliary_fades else 1)
 
     def training_size(self, step: int, steps_per_epoch: int) -> int:
-        """The size of the images that the network is trained on at a step; at the last step it is
-        always the last one."""
+        """The size of the images that the network is trained on at a step; the last is always at
+        the size at which the network is served."""
         progress = (step + 1) / (self.epochs * steps_per_epoch)
         return [size for start, size in self.sizes if start < progress][-1]
 

@@ -223,15 +223,13 @@ class Trainer:
     def finish_epoch(self) -> Row:
         """Validate after an epoch's last step; returns its row of the history.
 
-        Validation during training is in the precision of the last step and at its size, or at that
-        of serving once training is at its last size.
+        Validation during training is at the size and in the precision of the last step.
         """
         sums = self.workers.total(self._sums) / self.steps_per_epoch
         loss, hits = sums.tolist()  # waits for the device
         seconds = self._seconds()
         self._average_buffers()
-        size = self.config.recipe.validation_size(self.size)
-        score = self.view_accuracy(self.evaluated, size, augment.CENTRE)
+        score = self.view_accuracy(self.evaluated, self.size, augment.CENTRE)
         row: Row = {
             "epoch": self.step // self.steps_per_epoch,
             "step": self.step,
