@@ -131,13 +131,14 @@ def cost(papers: Sequence[Record]) -> Iterator[str]:
 
 
 def curves(papers: Sequence[Record], done: Sequence[Record], album: Album) -> Iterator[str]:
-    """The paper's figures; while its recipe has not been run, the same of other recipes."""
-    groups: dict[str, list[Record]] = {}
-    for run in papers or [run for run in done if not run.has_own_section]:
+    """The paper's figures, and the same of the other recipes."""
+    groups: dict[str, list[Record]] = {"paper": list(papers)} if papers else {}
+    others = [run for run in done if not run.has_own_section and run.recipe["name"] != "paper"]
+    for run in sorted(others, key=lambda run: run.recipe["name"]):
         groups.setdefault(run.recipe["name"], []).append(run)
     if groups and not papers:
         yield f"Of the paper's recipe: {NOT_RUN[0].lower()}{NOT_RUN[1:]} Of the others:"
-    for recipe, runs in sorted(groups.items()):
+    for recipe, runs in groups.items():
         for name, title, panel in (
             ("learning-rate", "Learning rate", RATE),
             ("validation-top1", "Validation accuracy", ACCURACY),
