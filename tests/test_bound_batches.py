@@ -1,10 +1,13 @@
 """On the CPU, which takes the same calls: what differs on a GPU is the name of the device."""
 
+import dataclasses
 from concurrent.futures import ThreadPoolExecutor
+from itertools import repeat
 
 import numpy as np
 import onnxruntime as ort
 import pytest
+from onnx import TensorProto, helper
 
 from tinyserve.bound_batches import SIZES, BoundBatches
 from tinyserve.classifier import find_model
@@ -20,7 +23,7 @@ def session():
 
 @pytest.fixture(scope="module")
 def batches(session):
-    return BoundBatches(session, "cpu", read_card(find_model("baseline")))
+    return BoundBatches(repeat(session), "cpu", read_card(find_model("baseline")))
 
 
 def pictures(count: int, seed: int = 0) -> np.ndarray:
@@ -31,7 +34,7 @@ def plain(session, images: np.ndarray) -> np.ndarray:
     return session.run([OUTPUT_NAME], {INPUT_NAME: images})[0]
 
 
-@pytest.mark.parametrize("count", [1, 2, 3, 31, 32, 33, SIZES[-1], SIZES[-1] + 1, 300])
+@pytest.mark.parametrize("count", [1, 2, 3, 15, 16, 17, 40, SIZES[-1], SIZES[-1] + 1, 600])
 def test_batches_of_every_size_are_answered_in_order(session, batches, count):
     images = pictures(count)
     found = batches.run(images)
@@ -40,21 +43,61 @@ def test_batches_of_every_size_are_answered_in_order(session, batches, count):
     assert np.abs(found - plain(session, images)).max() < 1e-6
 
 
-def test_only_few_sizes_are_run(session, monkeypatch):
-    sizes = []
+@pytest.fixture
+def runs(monkeypatch):
+    """Session and size of every run."""
+    seen = []
     original = ort.InferenceSession.run_with_iobinding
 
     def watch(self, binding, *arguments):
         original(self, binding, *arguments)
-        sizes.append(binding.get_outputs()[0].shape()[0])
+        seen.append((self, binding.get_outputs()[0].shape()[0]))
 
     monkeypatch.setattr(ort.InferenceSession, "run_with_iobinding", watch)
-    batches = BoundBatches(session, "cpu", read_card(find_model("baseline")))
-    assert tuple(sizes) == SIZES  # warmed up
-    sizes.clear()
-    for count in (1, 5, 16, 100, 130):
+    return seen
+
+
+def test_few_sizes_are_run_each_in_a_session_of_its_own(runs):
+    path = find_model("baseline")
+    sessions = [ort.InferenceSession(path, providers=[CPU]) for _ in SIZES]
+    batches = BoundBatches(iter(sessions), "cpu", read_card(path))
+    assert runs == list(zip(sessions, SIZES, strict=True))  # warmed up
+    own = dict(zip(SIZES, sessions, strict=True))
+    for count, expected in {
+        1: [1],
+        2: [8],
+        9: [8, 1],
+        15: [8, 8],
+        16: [32],
+        32: [32],
+        63: [32, 32],
+        100: [128],
+        550: [512, 32, 8],
+        600: [512, 128],
+    }.items():
+        runs.clear()
         batches.run(pictures(count))
-    assert sizes == [1, 8, 16, 128, 128, 2]
+        assert runs == [(own[size], size) for size in expected]
+
+
+def test_large_images_are_run_fewer_at_a_time(runs):
+    """On the mean colour of images of 512 x 512."""
+    images = helper.make_tensor_value_info(INPUT_NAME, TensorProto.UINT8, ["n", 512, 512, 3])
+    colours = helper.make_tensor_value_info(OUTPUT_NAME, TensorProto.FLOAT, ["n", 3])
+    nodes = [
+        helper.make_node("Cast", [INPUT_NAME], ["pixels"], to=TensorProto.FLOAT),
+        helper.make_node("ReduceMean", ["pixels", "sides"], [OUTPUT_NAME], keepdims=0),
+    ]
+    sides = helper.make_tensor("sides", TensorProto.INT64, [2], [1, 2])
+    graph = helper.make_graph(nodes, "mean", [images], [colours], [sides])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    session = ort.InferenceSession(model.SerializeToString(), providers=[CPU])
+    card = read_card(find_model("baseline"))
+    card = dataclasses.replace(card, image_size=512, labels=card.labels[:3])
+    batches = BoundBatches(repeat(session), "cpu", card)
+    assert [size for _, size in runs] == [1, 8]
+    found = batches.run(np.full((9, 512, 512, 3), 7, np.uint8))
+    assert found.tolist() == [[7, 7, 7]] * 9
 
 
 def test_an_answer_stays_when_its_buffers_are_used_again(session, batches):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections.abc import Iterator
 
 import numpy as np
 import onnxruntime as ort
@@ -10,45 +11,65 @@ from numpy.typing import NDArray
 
 from tinyserve.modelfile import INPUT_NAME, OUTPUT_NAME, ModelCard
 
-SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
-"""Images of a batch. A device prepares anew for every size that it has not seen: algorithms are
-chosen and memory is laid out, which takes longer than many batches."""
+SIZES = (1, 8, 32, 128, 512)
+"""Images of a batch."""
+
+MOST_PIXELS = 512 * 64**2
+"""Of a batch: larger images are run fewer at a time, so that they find memory."""
+
+_FEW = 8
+"""Images that a GPU runs in hardly more time than one."""
 
 
 class BoundBatches:
-    """Runs a session on ``device``, in ONNX Runtime's words, such as ``cuda``.
+    """Runs a model on ``device``, in ONNX Runtime's words, such as ``cuda``.
 
-    Batches are padded to the next of :data:`SIZES`, longer ones are cut, and all sizes are run once
-    here. Pixels cross the bus as the bytes that they are. Safe to use from several threads: each
-    call has buffers to itself, which the next one takes over.
+    On a GPU a session plans all its convolutions anew, which takes a tenth of a second or two, when
+    a batch is not of the size of the one before. So each of :data:`SIZES` has one of ``sessions``,
+    which are of the same file, to itself, and is run once here. Batches are cut into these sizes,
+    and the last part is padded. Pixels cross the bus as the bytes that they are. Safe to use from
+    several threads: each call has buffers to itself, which the next one takes over.
     """
 
-    def __init__(self, session: ort.InferenceSession, device: str, card: ModelCard) -> None:
-        self._session = session
+    def __init__(
+        self, sessions: Iterator[ort.InferenceSession], device: str, card: ModelCard
+    ) -> None:
         self._device = device
         self._shape = (card.image_size, card.image_size, 3)
         self._classes = len(card.labels)
-        self._idle: dict[int, list[_Buffers]] = {size: [] for size in SIZES}
-        for size in SIZES:
-            self.run(np.zeros((size, *self._shape), np.uint8))
+        most = max(1, MOST_PIXELS // card.image_size**2)
+        self._sizes = [size for size in SIZES if size <= most]
+        self._sessions = {size: next(sessions) for size in self._sizes}
+        self._idle: dict[int, list[_Buffers]] = {size: [] for size in self._sizes}
+        for size in self._sizes:
+            self._run_padded(np.zeros((size, *self._shape), np.uint8))
 
     def run(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Probabilities; see :meth:`tinyserve.engine.Engine.run`."""
         if images.shape[1:] != self._shape or images.dtype != np.uint8:
             raise ValueError(f"images of shape {images.shape} and type {images.dtype}")
-        most = SIZES[-1]
-        parts = [
-            self._run_padded(images[start : start + most]) for start in range(0, len(images), most)
-        ]
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+        answers = []
+        while len(images):
+            count = self._at_once(len(images))
+            answers.append(self._run_padded(images[:count]))
+            images = images[count:]
+        return answers[0] if len(answers) == 1 else np.concatenate(answers)
+
+    def _at_once(self, count: int) -> int:
+        """How many of so many images to run next: all, where they are few or fill half of a size,
+        or as many as the next smaller size has."""
+        place = bisect_left(self._sizes, count)
+        if place < len(self._sizes) and (count <= _FEW or 2 * count >= self._sizes[place]):
+            return count
+        return self._sizes[place - 1]
 
     def _run_padded(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
-        count = len(images)
-        size = SIZES[bisect_left(SIZES, count)]
+        size = self._sizes[bisect_left(self._sizes, len(images))]
         try:
             buffers = self._idle[size].pop()
         except IndexError:
-            buffers = _Buffers(self._session, self._device, (size, *self._shape), self._classes)
+            shape = (size, *self._shape)
+            buffers = _Buffers(self._sessions[size], self._device, shape, self._classes)
         probabilities = buffers.run(images)
         self._idle[size].append(buffers)
         return probabilities

@@ -4,6 +4,7 @@
 # would be left to say so.
 from __future__ import annotations
 
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -68,17 +69,20 @@ class OnnxRuntimeSession:
             # Weights and biases of 8-bit files become float32 once, while loading: CUDA has no
             # kernel for 32-bit biases, which would be left to the CPU.
             options.add_session_config_entry("session.disable_quant_qdq", "1")
-        # Its own fallback would print to stdout, and say nothing of what was wrong.
-        self._session = ort.InferenceSession(
-            path, options, providers=providers, enable_fallback=False
-        )
+
+        def open_session() -> ort.InferenceSession:
+            # Its own fallback would print to stdout, and say nothing of what was wrong.
+            return ort.InferenceSession(path, options, providers=providers, enable_fallback=False)
+
+        self._session = open_session()
         self.provider: str = self._session.get_providers()[0]
         if strict and self.provider != providers[0][0]:
             raise DeviceError(f"device {device} cannot run: ONNX Runtime chose {self.provider}")
         self.card = _card(path, self._session)
         self._batches: BoundBatches | None = None
         if self.provider == CUDA:
-            self._batches = BoundBatches(self._session, "cuda", self.card)
+            sessions = chain([self._session], iter(open_session, None))
+            self._batches = BoundBatches(sessions, "cuda", self.card)
 
     def run(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Probabilities; see :meth:`tinyserve.engine.Engine.run`."""
