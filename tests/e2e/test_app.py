@@ -107,7 +107,7 @@ def test_shows_the_pixels_that_the_model_sees(page: Any, tmp_path: Path) -> None
     assert (small == images.load(path, size=64)).all()
     blocks = np.asarray(enlarged).reshape(64, 8, 64, 8, 3)
     assert (blocks == blocks[:, :1, :, :1]).all(), "the pixels are not crisp"
-    assert words(page, "#seen-note") == "64 × 64 pixels; the network gets them as 48 × 48"
+    assert words(page, "#seen-note") == "64 × 64 pixels"
 
 
 @pytest.mark.browser

@@ -131,7 +131,8 @@ def test_files_of_lower_precision_give_nearly_the_same_network(
     path = write_file(tmp_path / "model.onnx", weights, graph=graph, precision=precision)
     found, expected = logits(pretrained.load(path), pictures), logits(weights, pictures)
     error = float((found - expected).abs().max() / expected.std())
-    assert 1e-5 < error < {"fp16": 0.02, "int8": 0.5}[precision]
+    # Weights of 7 bits have twice the steps of weights of 8, which kept to half of this.
+    assert 1e-5 < error < {"fp16": 0.02, "int8": 1.0}[precision]
 
 
 def test_a_run_is_read_as_its_weights(small_run, small_weights):
