@@ -36,13 +36,7 @@ def engine() -> Engine:
 @pytest.mark.parametrize("name", installed_models())
 def test_every_shipped_model_passes_its_self_test(name, pictures):
     path = find_model(name)
-    try:
-        model = Engine(path, device="openvino")
-    except GateError as error:
-        if name == "resnet20.int8":
-            # OpenVINO 2026.4 is wrong about it on CPUs with AVX2 alone, where auto leaves it be.
-            pytest.xfail(str(error))
-        raise
+    model = Engine(path, device="openvino")
     assert model.provider == OPENVINO
     assert model.fallback is None
     answers, expected = model.run(pictures), Engine(path, device="cpu").run(pictures)

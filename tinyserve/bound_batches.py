@@ -18,7 +18,7 @@ MOST_PIXELS = 512 * 64**2
 """Of a batch: larger images are run fewer at a time, so that they find memory."""
 
 _FEW = 8
-"""Images that a GPU runs in hardly more time than one."""
+"""Images that a GPU is taken to run in hardly more time than one; not measured."""
 
 
 class BoundBatches:

@@ -31,13 +31,14 @@ _CUDA = {"cudnn_conv_algo_search": "HEURISTIC", "prefer_nhwc": "1"}
 def execution_providers(device: str, precision: str = "fp32") -> list[tuple[str, dict[str, str]]]:
     """Execution providers of ONNX Runtime and their options, the preferred one first.
 
-    ``device`` is ``cpu``, ``cuda`` or ``tensorrt``, ``precision`` that of the file to run.
+    ``device`` is ``cuda`` or ``tensorrt``, for anything else it is the CPU; ``precision`` is that
+    of the file to run.
     """
-    if device == "cpu":
+    if device not in ("cuda", "tensorrt"):
         return [(CPU, {})]
-    # TF32 cuts the factors of float32 products to ten bits, which is less than what the gate allows
-    # a file to differ. Without it, though, ONNX Runtime keeps convolutions of any type off the
-    # tensor cores: those in half precision took more than twice as long.
+    # TF32 cuts the factors of float32 products to ten bits, which is coarser than what the gate
+    # allows a file to differ. Without it, though, ONNX Runtime keeps convolutions of any type off
+    # the tensor cores, those in half precision, too.
     cuda = (CUDA, {**_CUDA, "use_tf32": "1" if precision == "fp16" else "0"})
     # What TensorRT cannot run is left to CUDA.
     return [(TENSORRT, {}), cuda] if device == "tensorrt" else [cuda]
@@ -59,8 +60,8 @@ class OnnxRuntimeSession:
     ) -> None:
         options = session_options(max(1, threads // streams))
         # What is in the file has to be known before it is opened to run on a GPU.
-        precision = "fp32" if device == "cpu" else read_unprepared(path).precision
-        providers = execution_providers(device, precision)
+        card = None if device == "cpu" else read_unprepared(path)
+        providers = execution_providers(device, card.precision if card else "fp32")
         if not strict:
             providers += execution_providers("cpu")
         elif device != "cpu":
@@ -78,7 +79,7 @@ class OnnxRuntimeSession:
         self.provider: str = self._session.get_providers()[0]
         if strict and self.provider != providers[0][0]:
             raise DeviceError(f"device {device} cannot run: ONNX Runtime chose {self.provider}")
-        self.card = _card(path, self._session)
+        self.card = card or _card(path, self._session)
         self._batches: BoundBatches | None = None
         if self.provider == CUDA:
             sessions = chain([self._session], iter(open_session, None))

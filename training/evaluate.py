@@ -88,7 +88,9 @@ class ServedNetwork(nn.Module):
     def logits(self, images: Tensor) -> Tensor:
         """What the network itself gives: float32 ``[N, classes]``, or ``[views, N, classes]``."""
         pixels = (self._crop(images).flatten(2).float() - self.mean) * self.scale
-        pixels = pixels.unflatten(2, (-1, 3)).permute(0, 3, 1, 2)
+        # Contiguous: of channels that come last, the exporter makes the final pooling a gathering
+        # by computed addresses, and OpenVINO 2026.4 then gets the first convolution wrong.
+        pixels = pixels.unflatten(2, (-1, 3)).permute(0, 3, 1, 2).contiguous()
         views = self.views
         if self.rows is not None and self.columns is not None:
             if views == 1:

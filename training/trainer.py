@@ -120,7 +120,7 @@ class Trainer:
             # In a run of few steps a slow average would hardly have left the first weights.
             decay = min(recipe.ema, max(0.0, 1 - 1 / (AVERAGED_SHARE * self.steps)))
             self.average = _RunningAverage(self.model, decay)
-        self.teacher: Teacher | None = None
+        self.teacher: nn.Module | None = None
         if teachers:
             self.teacher = Teacher(teachers, dataset.classes, self.mean, self.std).to(device)
         self.answers = None if answers is None else answers.to(device)
@@ -139,6 +139,8 @@ class Trainer:
         if config.compile:
             # Once for each of a recipe's few sizes: one network for any size is a slower one.
             self._network = cast(nn.Module, torch.compile(self._network, dynamic=False))
+            if self.teacher is not None:
+                self.teacher = cast(nn.Module, torch.compile(self.teacher, dynamic=False))
         self.optimizer = torch.optim.SGD(
             _parameter_groups(self.model, recipe),
             lr=recipe.lr,
@@ -349,7 +351,7 @@ class Trainer:
         """What teachers answered before, probabilities ``[N, classes]``, if they did."""
         return None if self.answers is None else self.answers[indices].float()
 
-    def _asked(self, teacher: Teacher, x: Tensor) -> Tensor:
+    def _asked(self, teacher: nn.Module, x: Tensor) -> Tensor:
         """What the teacher answers now, probabilities ``[N, classes]``."""
         with torch.no_grad(), hardware.autocast(self.device, self.precision):
             answers: Tensor = teacher(x, self.config.recipe.distill_temperature)
