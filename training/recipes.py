@@ -72,7 +72,8 @@ class Recipe:
     mix_until: float = 0.85
     """Progress at which both stop: the last steps see whole images again."""
     ema: float | None = None
-    """Decay of the running average of the weights, which is what is evaluated and exported."""
+    """Decay of the running average of the weights, which is what is evaluated and exported; in
+    the first steps it is less."""
     ten_crop: bool = False
     """Evaluate the final weights with ten-crop averaging, too."""
 

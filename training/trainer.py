@@ -32,9 +32,6 @@ layers: 40 images of 64 x 64 for resnet20, 1,300 of 56 x 56 for baseline, whose 
 the same for a part of any size. A process that trains by the modern recipe then peaks at 1.7 GB
 beside the images, and larger parts are no faster. Batch norm takes its statistics from a part."""
 
-AVERAGED_SHARE = 0.2
-"""Of all steps: an average of weights goes back no further, whatever its decay."""
-
 REFIT_IMAGES = (32, 1024)
 """At least and at most so many training images give the batch norms of weights to start from their
 first statistics: as many as take the memory of two parts of a batch on a CPU."""
@@ -117,9 +114,7 @@ class Trainer:
             self._refit_norms()
         self.average: _RunningAverage | None = None
         if recipe.ema is not None:
-            # In a run of few steps a slow average would hardly have left the first weights.
-            decay = min(recipe.ema, max(0.0, 1 - 1 / (AVERAGED_SHARE * self.steps)))
-            self.average = _RunningAverage(self.model, decay)
+            self.average = _RunningAverage(self.model, recipe.ema)
         self.teacher: nn.Module | None = None
         if teachers:
             self.teacher = Teacher(teachers, dataset.classes, self.mean, self.std).to(device)
@@ -410,13 +405,16 @@ class Trainer:
 class _RunningAverage(AveragedModel):
     """A network's parameters and buffers, averaged with a decay.
 
-    Does what its parent would with ``multi_avg_fn=get_ema_multi_avg_fn(decay)``, but leaves the
-    count of updates where it is: sent to a GPU at every step, it makes the host wait for the GPU.
+    The decay is less at first, so that an average goes back over a ninth of the steps so far at
+    most: the first weights are soon forgotten, and short runs need no decay of their own.
+
+    Does what its parent would, but leaves the count of updates where it is: sent to a GPU at every
+    step, it makes the host wait for the GPU.
     """
 
     def __init__(self, network: nn.Module, decay: float) -> None:
         super().__init__(network, use_buffers=True)
-        self._average = get_ema_multi_avg_fn(decay)
+        self._decay = decay
 
     @torch.no_grad()
     def update_parameters(self, model: nn.Module) -> None:
@@ -430,7 +428,9 @@ class _RunningAverage(AveragedModel):
             floats = [
                 pair for pair in zip(averages, values, strict=True) if pair[0].is_floating_point()
             ]
-            self._average(*(list(part) for part in zip(*floats, strict=True)), self.n_averaged)
+            count = int(self.n_averaged)
+            average_all = get_ema_multi_avg_fn(min(self._decay, (1 + count) / (10 + count)))
+            average_all(*(list(part) for part in zip(*floats, strict=True)), self.n_averaged)
         self.n_averaged += 1
 
 

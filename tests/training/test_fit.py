@@ -325,10 +325,12 @@ def test_averaged_weights_are_those_that_are_evaluated(make_trainer):
 
 def test_weights_are_averaged_as_pytorch_does_it(make_trainer):
     trainer = make_trainer(ema=0.3)
-    expected = AveragedModel(
-        trainer.model, multi_avg_fn=get_ema_multi_avg_fn(0.3), use_buffers=True
-    )
-    for _ in range(3):
+
+    def average(old, new, count):
+        return get_ema_multi_avg_fn(min(0.3, (1 + int(count)) / (10 + int(count))))(old, new, count)
+
+    expected = AveragedModel(trainer.model, multi_avg_fn=average, use_buffers=True)
+    for _ in range(4):
         trainer.train_step()
         expected.update_parameters(trainer.model)
     ours = trainer.evaluated.state_dict()
