@@ -39,7 +39,7 @@ from training.augment import VIEWS
 from training.calibrate import Calibrator, were_held_out
 from training.checkpoint import Weights
 from training.evaluate import ServedNetwork
-from training.gate import BOUNDS, Gate, spread
+from training.gate import BOUNDS, Gate
 from training.models import count_parameters
 from training.records import CONFIG
 
@@ -195,7 +195,7 @@ def _write_through(
         onnx.checker.check_model(hidden, full_check=True)
         evidence = gate.check(hidden, card.precision)
         engine = Engine(hidden, device="cpu")
-        images = gate.images[spread(len(gate.images), GOLDEN_IMAGES)]
+        images = gate.steady_images(engine, GOLDEN_IMAGES)
         golden = Golden.of(images, engine.run(images), tolerance=bounds.golden_tolerance)
         card = replace(card, evidence=evidence, golden=golden)
         if calibrator is not None:

@@ -27,6 +27,9 @@ GATE_BATCHES = (1, 3, 64)
 SPEED_BATCHES = (1, 32)
 SPEED_ROUNDS = 15
 SUM_TOLERANCE = 1e-4
+SURE = 0.9
+"""A probability."""
+NOISY_COPIES = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,6 +130,28 @@ class Gate:
                 if min(ratios) <= 1:
                     raise GateError(f"{where}: {words}, which is not faster")
         return tuple(evidence)
+
+    def steady_images(self, engine: Engine, count: int) -> NDArray[np.uint8]:
+        """Images to test a file with on other machines, where numbers may be rounded otherwise.
+
+        They are spread over the half of the images whose answers move least, from PyTorch's to
+        this file's and when every number of the image is off by one at random: what is further off
+        elsewhere is no rounding. Images with sure answers are left out, as these hide a good deal.
+        """
+        rng = np.random.default_rng(0)
+        answers = in_batches(engine.run, self.images, max(GATE_BATCHES))
+        moved = np.abs(answers - self._expected).max(axis=1)
+        for _ in range(NOISY_COPIES):
+            noise = rng.integers(-1, 2, self.images.shape, dtype=np.int16)
+            noisy = (self.images + noise).clip(0, 255).astype(np.uint8)
+            others = in_batches(engine.run, noisy, max(GATE_BATCHES))
+            moved = np.maximum(moved, np.abs(others - answers).max(axis=1))
+        among = np.flatnonzero(self._expected.max(axis=1) < SURE)
+        if len(among) < 2 * count:
+            among = np.arange(len(self.images))
+        least = np.argsort(moved[among], kind="stable")[: max(count, len(among) // 2)]
+        steady = np.sort(among[least])
+        return self.images[steady[spread(len(steady), count)]]
 
     def _measure(self, engine: Engine, precision: str) -> tuple[Evidence, int]:
         """The evidence, and how many of the images by which accuracy is judged are right."""

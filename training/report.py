@@ -249,8 +249,8 @@ def race(done: Sequence[Record]) -> Iterator[str]:
     if goals:
         yield (
             "Seconds of training, validation not counted, to the end of the first epoch with "
-            f"{_percent(GOAL)} % top-1 or more on validation, of runs that did not start from trained "
-            "weights. What teachers had taken is not counted either."
+            f"{_percent(GOAL)} % top-1 or more on validation, of runs that did not start from "
+            "trained weights. What teachers had taken is not counted either."
         )
         yield _table(
             sorted((run for run in runs if run.name in goals), key=lambda run: goals[run.name]),

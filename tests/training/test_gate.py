@@ -166,3 +166,37 @@ def test_the_pictures_are_spread_over_the_validation_split(network, dataset, mon
     chosen = gate_of(network, dataset).images
     assert np.array_equal(chosen[:18], dataset.val.images)
     assert np.array_equal(chosen[18:], dataset.train.images[[0, 26]])
+
+
+class Answers:
+    """An engine that answers as ``network`` does, off by ``error`` where images are darker."""
+
+    def __init__(self, network: ServedNetwork, error: float = 0, darker: float = 0) -> None:
+        self._network, self._error, self._darker = network, error, darker
+
+    def run(self, images: np.ndarray) -> np.ndarray:
+        with torch.inference_mode():
+            answers = self._network(torch.from_numpy(images)).numpy()
+        dark = images.mean(axis=(1, 2, 3)) < self._darker
+        answers[dark, 0] += self._error
+        return answers
+
+
+def test_images_that_rounding_moves_are_not_those_to_test_with(network, dataset, monkeypatch):
+    found = gate_of(network, dataset)
+    darker = np.quantile(found.images.mean(axis=(1, 2, 3)), 0.3)
+    monkeypatch.setattr(gate, "SURE", 1.1)
+    steady = found.steady_images(Answers(network, 0.1, darker), 8)
+    assert len(np.unique(steady, axis=0)) == 8
+    assert (steady.mean(axis=(1, 2, 3)) > darker).all()
+
+
+def test_images_with_sure_answers_are_not_those_to_test_with(network, dataset, monkeypatch):
+    found = gate_of(network, dataset)
+    sureness = np.sort(found._expected.max(axis=1))
+    monkeypatch.setattr(gate, "SURE", sureness[20])
+    with torch.inference_mode():
+        steady = network(torch.from_numpy(found.steady_images(Answers(network), 8)))
+    assert steady.max() < sureness[20]
+    monkeypatch.setattr(gate, "SURE", sureness[10])  # too few of the others
+    assert len(found.steady_images(Answers(network), 8)) == 8

@@ -7,7 +7,7 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
-from onnx import numpy_helper
+from onnx import TensorProto, helper, numpy_helper
 
 from tinyserve.devices import CPU
 from tinyserve.onnxruntime_session import session_options
@@ -104,3 +104,61 @@ def test_of_larger_images_fewer_are_calibrated_on_at_a_time():
     sizes = {size: quantize._Images(np.empty((64, size, size, 3), np.uint8)) for size in (64, 256)}
     assert [reader.slice for reader in sizes.values()] == [32, 2]
     assert [len(reader) for reader in sizes.values()] == [64, 64]
+
+
+def sum_of_two(ranges: dict[str, tuple[float, float]]) -> onnx.ModelProto:
+    """``out = ReLU(a + b)``, all three in 8 bits of these ranges."""
+    nodes, constants = [], []
+    for name, (low, high) in ranges.items():
+        scale = np.float32((high - low) / 255)
+        zero = np.uint8(round(-low / scale))
+        for what, value in (("scale", scale), ("zero", zero)):
+            constants.append(numpy_helper.from_array(np.asarray(value), f"{name}_{what}"))
+        of = [f"{name}_scale", f"{name}_zero"]
+        nodes.append(helper.make_node("QuantizeLinear", [name, *of], [f"{name}_q"]))
+        nodes.append(helper.make_node("DequantizeLinear", [f"{name}_q", *of], [f"{name}_d"]))
+    nodes.insert(4, helper.make_node("Add", ["a_d", "b_d"], ["out"]))
+    ends = {
+        name: [helper.make_tensor_value_info(n, TensorProto.FLOAT, ["n"]) for n in names]
+        for name, names in {"inputs": ["a", "b"], "outputs": ["out_d"]}.items()
+    }
+    graph = helper.make_graph(nodes, "sum", **ends, initializer=constants)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+
+
+def ranges_in(model: onnx.ModelProto) -> dict[str, tuple[float, float]]:
+    values = {t.name: numpy_helper.to_array(t).item() for t in model.graph.initializer}
+    return {
+        name: (
+            -values[f"{name}_zero"] * values[f"{name}_scale"],
+            (255 - values[f"{name}_zero"]) * values[f"{name}_scale"],
+        )
+        for name in ("a", "b", "out")
+    }
+
+
+def error_of(model: onnx.ModelProto) -> float:
+    a, b = np.meshgrid(np.linspace(-30, 30, 101), np.linspace(0, 10, 101))
+    a, b = a.ravel().astype(np.float32), b.ravel().astype(np.float32)
+    session = ort.InferenceSession(model.SerializeToString(), providers=[CPU])
+    (found,) = session.run(None, {"a": a, "b": b})
+    return float(np.abs(found - (a + b).clip(0, 20)).mean())
+
+
+def test_what_is_added_has_no_range_that_a_relu_hides():
+    model = sum_of_two({"a": (-30, 30), "b": (0, 10), "out": (0, 20)})
+    before = error_of(model)
+    quantize._trim_addends(model.graph)
+    found = ranges_in(model)
+    assert found["a"] == pytest.approx((-10, 20), abs=0.1)
+    assert found["b"] == pytest.approx((0, 10))
+    assert found["out"] == pytest.approx((0, 20))
+    assert error_of(model) < 0.7 * before
+
+
+def test_what_no_relu_follows_keeps_its_range():
+    ranges = {"a": (-30, 30), "b": (0, 10), "out": (-20, 20)}
+    model = sum_of_two(ranges)
+    before = ranges_in(model)
+    quantize._trim_addends(model.graph)
+    assert ranges_in(model) == before
