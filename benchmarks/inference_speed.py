@@ -5,11 +5,14 @@
     python benchmarks/inference_speed.py exported/*.onnx                 # images/s, ratios
     python benchmarks/inference_speed.py resnet20.onnx resnet20.int8.onnx --batch-size 1
     python benchmarks/inference_speed.py exported/*.int8.onnx --with-fp32 --profile
+    python benchmarks/inference_speed.py resnet20.fp16.onnx --device cuda -b 512 --with-pytorch
 
 The files take turns in one process, several rounds; medians are printed, and ratios to the first
 file of the same architecture. ``--profile`` then shows where the time of each goes: by operator,
 and the nodes that take the most. ``--with-fp32`` puts before each file the same weights in single
-precision, for which no file is needed but the training extra is.
+precision, for which no file is needed but the training extra is. ``--with-pytorch`` puts the same
+network in PyTorch behind it, eager and compiled, from and to the host's memory as ours: in half
+precision on CUDA if the file is, otherwise in single.
 
 What the profiles of the 8-bit files led to, in the time of a batch of 32 on one core of an AMD EPYC
 with VNNI:
@@ -26,10 +29,12 @@ Left is mostly arithmetic: convolutions take 86 % of the time of inception in 8 
 import argparse
 import json
 import statistics
+import sys
 import tempfile
 import time
 from collections import Counter, defaultdict
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +42,7 @@ import onnxruntime as ort
 
 from tinyserve.devices import default_threads, device_name
 from tinyserve.engine import Engine
-from tinyserve.modelfile import INPUT_NAME, write_model
+from tinyserve.modelfile import INPUT_NAME, ModelCard, write_model
 from tinyserve.onnxruntime_session import execution_providers, session_options
 
 SLOWEST = 6
@@ -49,26 +54,87 @@ def pixels(batch: int, size: int) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (batch, size, size, 3), dtype=np.uint8)
 
 
-def compare(paths: list[Path], device: str, batch: int, rounds: int) -> None:
-    engines = {path: Engine(path, device=device) for path in paths}
-    images = {path: pixels(batch, engine.card.image_size) for path, engine in engines.items()}
-    times: dict[Path, list[float]] = {path: [] for path in paths}
-    for path, engine in engines.items():
-        engine.run(images[path])
+Run = Callable[[np.ndarray], np.ndarray]
+"""Images, uint8 ``[batch, size, size, 3]``, to probabilities."""
+
+
+@dataclass
+class Contender:
+    """One way to run the network of a model file."""
+
+    name: str
+    architecture: str
+    what: str
+    """Precision and device."""
+    run: Run
+    images: np.ndarray
+    times: list[float] = field(default_factory=list)
+
+
+def compare(paths: list[Path], device: str, batch: int, rounds: int, *, pytorch: bool) -> None:
+    contenders = []
+    for path in paths:
+        engine = Engine(path, device=device)
+        card, where = engine.card, device_name(engine.provider)
+        what, images = f"{card.precision:5} {where}", pixels(batch, card.image_size)
+        contenders.append(Contender(path.name, card.architecture, what, engine.run, images))
+        if pytorch:
+            contenders += in_pytorch(path, card, images, on_cuda=where == "CUDA")
+    contenders = [contender for contender in contenders if runs(contender)]
     for _ in range(rounds):
-        for path, engine in engines.items():
+        for contender in contenders:
             began = time.perf_counter()
-            engine.run(images[path])
-            times[path].append(time.perf_counter() - began)
+            contender.run(contender.images)
+            contender.times.append(time.perf_counter() - began)
     print(f"batches of {batch}, {default_threads()} threads, medians of {rounds} rounds")
     first: dict[str, float] = {}
-    for path, engine in engines.items():
-        card, speed = engine.card, batch / statistics.median(times[path])
-        ratio = speed / first.setdefault(card.architecture, speed)
-        print(
-            f"{path.name:24} {card.precision:5} {device_name(engine.provider):5} "
-            f"{speed:9,.0f} images/s  {ratio:5.2f}"
-        )
+    for contender in contenders:
+        speed = batch / statistics.median(contender.times)
+        ratio = speed / first.setdefault(contender.architecture, speed)
+        print(f"{contender.name:24} {contender.what:11} {speed:9,.0f} images/s  {ratio:5.2f}")
+
+
+def runs(contender: Contender) -> bool:
+    """Whether it does, warmed up; without a C++ compiler, PyTorch compiles nothing."""
+    try:
+        for _ in range(3):
+            contender.run(contender.images)
+    except Exception as error:
+        said = str(error).strip().partition("\n")[0]
+        print(f"{contender.name.strip()} is left out: {said}", file=sys.stderr)
+        return False
+    return True
+
+
+def in_pytorch(
+    path: Path, card: ModelCard, images: np.ndarray, *, on_cuda: bool
+) -> list[Contender]:
+    import torch
+
+    from training import pretrained
+    from training.augment import VIEWS
+
+    device = torch.device("cuda" if on_cuda else "cpu")
+    torch.backends.cudnn.benchmark = True
+    served = pretrained.load(path).served(VIEWS[card.views]).eval().to(device)
+    served = served.to(memory_format=torch.channels_last)
+    half = on_cuda and card.precision == "fp16"
+    if half:
+        served.network.half().register_forward_pre_hook(lambda _, inputs: inputs[0].half())
+
+    def runner(network: Callable[[torch.Tensor], torch.Tensor]) -> Run:
+        def run(images: np.ndarray) -> np.ndarray:
+            with torch.inference_mode():
+                return network(torch.from_numpy(images).to(device)).cpu().numpy()
+
+        return run
+
+    what = f"{'fp16' if half else 'fp32':5} {device.type.upper()}"
+    ways = {"eager": served, "compiled": torch.compile(served, dynamic=False)}
+    return [
+        Contender(f"  PyTorch, {way}", card.architecture, what, runner(network), images)
+        for way, network in ways.items()
+    ]
 
 
 def profile(path: Path, device: str, batch: int, rounds: int) -> None:
@@ -130,13 +196,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--with-fp32", action="store_true")
+    parser.add_argument("--with-pytorch", action="store_true")
     arguments = parser.parse_args()
     device, batch, rounds = arguments.device, arguments.batch_size, arguments.rounds
     with tempfile.TemporaryDirectory() as folder:
         paths = []
         for path in arguments.models:
             paths += [in_fp32(path, Path(folder)), path] if arguments.with_fp32 else [path]
-        compare(paths, device, batch, rounds)
+        compare(paths, device, batch, rounds, pytorch=arguments.with_pytorch)
         if arguments.profile:
             for path in paths:
                 profile(path, device, batch, rounds)

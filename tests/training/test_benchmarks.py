@@ -93,14 +93,20 @@ def test_training_speed_is_printed_with_ratios(photos):
 def test_inference_speed_is_printed_with_ratios_and_by_node():
     script, model = ROOT / "benchmarks" / "inference_speed.py", find_model("baseline")
     command = [sys.executable, script, model, "-b", "2", "--rounds", "2"]
-    found = run([*command, "--with-fp32", "--profile"])
+    found = run([*command, "--with-fp32", "--with-pytorch", "--profile"])
     assert found.returncode == 0, found.stderr
-    title, fp32, int8, *profiles = found.stdout.splitlines()
+    title, fp32, *others = found.stdout.splitlines()
     assert title == "batches of 2, 1 threads, medians of 2 rounds"
     assert re.fullmatch(r"baseline.onnx +fp32 +CPU .+ images/s +1.00", fp32)
-    assert re.fullmatch(r"baseline.int8.onnx +int8 +CPU .+ images/s +\d+\.\d\d", int8)
+    for name, count in {
+        r"baseline.int8.onnx +int8": {1},
+        r"  PyTorch, eager +fp32": {2},
+        r"  PyTorch, compiled +fp32": {0, 2},  # where there is a C++ compiler
+    }.items():
+        row = re.compile(rf"{name} +CPU .+ images/s +\d+\.\d\d")
+        assert sum(bool(row.fullmatch(line)) for line in others) in count
     assert "float [2, 3, 56, 56] -> float [2, 16, 56, 56]" in found.stdout
-    assert any(re.fullmatch(r"QGemm +1 nodes +.+ ms +.+%", line) for line in profiles)
+    assert any(re.fullmatch(r"QGemm +1 nodes +.+ ms +.+%", line) for line in others)
 
 
 @pytest.mark.slow
