@@ -65,10 +65,10 @@ def test_a_teacher_whose_weights_are_gone_is_named(tmp_path):
     assert f"ablation-distilled learns from {teacher}, whose weights are gone" in found.stderr
 
 
-def test_runs_with_arguments_of_ones_own_are_kept_apart():
+def test_runs_with_arguments_of_ones_own_are_kept_apart(tmp_path):
     script = ROOT / "benchmarks" / "train_all.sh"
     for more, folder in (([], "runs"), (["--", "--epochs", "1"], "runs/other")):
-        found = run([script, "paper", *more], PYTHON="echo")
+        found = run([script, "paper", *more], PYTHON="echo", RECORDS=str(tmp_path))
         assert found.returncode == 0
         assert f"--out {folder}/resnet20-paper" in found.stdout
 
