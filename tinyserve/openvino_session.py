@@ -41,7 +41,7 @@ class OpenVinoSession:
             # Pinned threads share the first cores with the pinned threads of other processes.
             "ENABLE_CPU_PINNING": False,
         }
-        # The rest of 8-bit files was no faster in bfloat16, and several times further off.
+        # On an AMD EPYC the rest of 8-bit files was no faster in bfloat16, and further off.
         if self.card.precision != "fp16":
             options["INFERENCE_PRECISION_HINT"] = "f32"
         compiled = openvino.Core().compile_model(model, "CPU", options)

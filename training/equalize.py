@@ -19,8 +19,9 @@ from onnx import numpy_helper
 from tinyserve.devices import CPU, default_threads
 from tinyserve.modelfile import INPUT_NAME
 from tinyserve.onnxruntime_session import session_options
+from training.evaluate import at_a_time
 
-_KEEP_FACTORS = frozenset({"Relu", "MaxPool", "AveragePool", "ReduceMean", "Add"})
+_KEEP_FACTORS = frozenset({"Relu", "MaxPool", "AveragePool", "ReduceMean"})
 _BATCH = 16
 _MOST = 16.0
 """Times that a channel is made smaller or larger at most."""
@@ -33,6 +34,14 @@ class _Stream:
     tensors: set[str]
     makers: list[onnx.NodeProto] = field(default_factory=list)
     users: list[onnx.NodeProto] = field(default_factory=list)
+    seen_elsewhere: bool = False
+    """Whether something else than these and what keeps factors makes or uses them."""
+
+    def take_in(self, other: "_Stream") -> None:
+        self.tensors |= other.tensors
+        self.makers += other.makers
+        self.users += other.users
+        self.seen_elsewhere |= other.seen_elsewhere
 
 
 def equalize(model: onnx.ModelProto, images: NDArray[np.uint8]) -> onnx.ModelProto:
@@ -45,13 +54,14 @@ def equalize(model: onnx.ModelProto, images: NDArray[np.uint8]) -> onnx.ModelPro
     made.CopyFrom(model)
     tensors = {tensor.name: tensor for tensor in made.graph.initializer}
     weights = {name: numpy_helper.to_array(tensor).copy() for name, tensor in tensors.items()}
+    uses = Counter(name for node in made.graph.node for name in node.input)
     streams = [
-        stream for stream in _streams(made.graph, weights) if _may_be_scaled(stream, made, weights)
+        stream for stream in _streams(made.graph, weights) if _may_be_scaled(stream, weights, uses)
     ]
     for stream, ranges in zip(streams, _ranges(made, streams, images), strict=True):
         channels = len(ranges)
-        uses = [_by_channel(weights[node.input[1]], channels) for node in stream.users]
-        used = np.max([np.abs(use).max(axis=(0, 2)) for use in uses], axis=0)
+        layers = [_by_channel(weights[node.input[1]], channels) for node in stream.users]
+        used = np.max([np.abs(layer).max(axis=(0, 2)) for layer in layers], axis=0)
         alive = (ranges > 0) & (used > 0)
         factors = np.ones(channels)
         factors[alive] = np.sqrt(ranges[alive] / used[alive])
@@ -60,8 +70,8 @@ def equalize(model: onnx.ModelProto, images: NDArray[np.uint8]) -> onnx.ModelPro
         for node in stream.makers:
             for name in node.input[1:]:
                 weights[name] = (weights[name].T / factors).T
-        for node, use in zip(stream.users, uses, strict=True):
-            scaled = use * factors[:, None]
+        for node, layer in zip(stream.users, layers, strict=True):
+            scaled = layer * factors[:, None]
             weights[node.input[1]] = scaled.reshape(weights[node.input[1]].shape)
     for name, tensor in tensors.items():
         tensor.CopyFrom(numpy_helper.from_array(weights[name], name))
@@ -76,47 +86,39 @@ def _streams(graph: onnx.GraphProto, weights: dict[str, NDArray[np.float32]]) ->
 
     for node in graph.node:
         inputs = [name for name in node.input if name not in weights]
-        if node.op_type in ("Conv", "Gemm"):
+        if node.op_type in ("Conv", "Gemm") and len(inputs) == 1:
             of(inputs[0]).users.append(node)
             of(node.output[0]).makers.append(node)
-        elif node.op_type in _KEEP_FACTORS or _flattens(node, of(inputs[0])):
+        elif _keeps_factors(node, [of(name) for name in inputs]):
             whole = of(inputs[0])
-            for other in {id(of(name)): of(name) for name in [*inputs, *node.output]}.values():
-                if other is not whole:
-                    whole.tensors |= other.tensors
-                    whole.makers += other.makers
-                    whole.users += other.users
-            streams.update(dict.fromkeys(whole.tensors, whole))
+            for name in [*inputs, *node.output]:
+                if (other := of(name)) is not whole:
+                    whole.take_in(other)
+                    streams.update(dict.fromkeys(other.tensors, whole))
+        else:
+            for name in [*inputs, *node.output]:
+                of(name).seen_elsewhere = True
+    for output in graph.output:
+        of(output.name).seen_elsewhere = True
     return list({id(stream): stream for stream in streams.values()}.values())
 
 
-def _flattens(node: onnx.NodeProto, stream: _Stream) -> bool:
-    """Whether it makes rows of feature maps, channel after channel."""
-    return node.op_type == "Reshape" and bool(stream.makers)
+def _keeps_factors(node: onnx.NodeProto, inputs: list[_Stream]) -> bool:
+    if node.op_type == "Add":  # a constant would have to be scaled, too
+        return len(inputs) == 2
+    if node.op_type == "Reshape":  # it makes rows of feature maps, channel after channel
+        return bool(inputs[0].makers)
+    return node.op_type in _KEEP_FACTORS
 
 
 def _may_be_scaled(
-    stream: _Stream, model: onnx.ModelProto, weights: dict[str, NDArray[np.float32]]
+    stream: _Stream, weights: dict[str, NDArray[np.float32]], uses: Counter[str]
 ) -> bool:
-    graph = model.graph
-    if not stream.makers or not stream.users:
-        return False
-    known = {id(node) for node in [*stream.makers, *stream.users]}
-    for node in graph.node:
-        touched = stream.tensors & {*node.input, *node.output}
-        passes = node.op_type in _KEEP_FACTORS or node.op_type == "Reshape"
-        if touched and not (passes or id(node) in known):
-            return False
-        # What is added to, or made, elsewhere.
-        if passes and touched and not {n for n in node.input if n not in weights} <= stream.tensors:
-            return False
-        if node.op_type == "Add" and touched and any(name in weights for name in node.input):
-            return False
-    uses = Counter(name for node in graph.node for name in node.input)
-    channels = {len(weights[node.input[1]]) for node in stream.makers}
+    """``uses`` counts the nodes that a tensor goes into: what two layers share stays as it is."""
     return (
-        len(channels) == 1
-        and not stream.tensors & {output.name for output in graph.output}
+        bool(stream.makers and stream.users)
+        and not stream.seen_elsewhere
+        and len({len(weights[node.input[1]]) for node in stream.makers}) == 1
         and all(uses[name] == 1 for node in stream.makers for name in node.input[1:])
         and all(uses[node.input[1]] == 1 for node in stream.users)
         and all(_is_plain(node) for node in [*stream.makers, *stream.users])
@@ -155,8 +157,9 @@ def _ranges(
     )
     order = [output.name for output in session.get_outputs()]
     largest: dict[str, NDArray[np.float32]] = {}
-    for start in range(0, len(images), _BATCH):
-        found = session.run(order, {INPUT_NAME: images[start : start + _BATCH]})
+    batch = at_a_time(_BATCH, images.shape[1])
+    for start in range(0, len(images), batch):
+        found = session.run(order, {INPUT_NAME: images[start : start + batch]})
         for name, values in zip(order, found, strict=True):
             across = tuple(axis for axis in range(values.ndim) if axis != 1)
             most = np.abs(values).max(axis=across)

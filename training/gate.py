@@ -138,20 +138,19 @@ class Gate:
         this file's and when every number of the image is off by one at random: what is further off
         elsewhere is no rounding. Images with sure answers are left out, as these hide a good deal.
         """
+        unsure = np.flatnonzero(self._expected.max(axis=1) < SURE)
+        among = unsure if len(unsure) >= 2 * count else np.arange(len(self.images))
+        images = self.images[among]
+        answers = in_batches(engine.run, images, max(GATE_BATCHES))
+        moved = np.abs(answers - self._expected[among]).max(axis=1)
         rng = np.random.default_rng(0)
-        answers = in_batches(engine.run, self.images, max(GATE_BATCHES))
-        moved = np.abs(answers - self._expected).max(axis=1)
         for _ in range(NOISY_COPIES):
-            noise = rng.integers(-1, 2, self.images.shape, dtype=np.int16)
-            noisy = (self.images + noise).clip(0, 255).astype(np.uint8)
+            noise = rng.integers(-1, 2, images.shape, dtype=np.int16)
+            noisy = (images + noise).clip(0, 255).astype(np.uint8)
             others = in_batches(engine.run, noisy, max(GATE_BATCHES))
             moved = np.maximum(moved, np.abs(others - answers).max(axis=1))
-        among = np.flatnonzero(self._expected.max(axis=1) < SURE)
-        if len(among) < 2 * count:
-            among = np.arange(len(self.images))
-        least = np.argsort(moved[among], kind="stable")[: max(count, len(among) // 2)]
-        steady = np.sort(among[least])
-        return self.images[steady[spread(len(steady), count)]]
+        steady = np.sort(np.argsort(moved, kind="stable")[: max(count, len(among) // 2)])
+        return images[steady[spread(len(steady), count)]]
 
     def _measure(self, engine: Engine, precision: str) -> tuple[Evidence, int]:
         """The evidence, and how many of the images by which accuracy is judged are right."""

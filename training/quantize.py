@@ -245,27 +245,25 @@ def _trim_addends(graph: onnx.GraphProto) -> None:
         return -zero * scale, (_LEVELS - zero) * scale
 
     for node in graph.node:
-        givers = [makers.get(name) for name in node.input]
-        [behind, *others] = takers[node.output[0]] or [node]
-        if (
-            node.op_type != "Add"
-            or others
-            or behind.op_type != "QuantizeLinear"
-            or not all(giver and giver.op_type == "DequantizeLinear" for giver in givers)
-        ):
+        if node.op_type != "Add":
             continue
-        least, most = range_of(behind)
+        givers = [makers[name] for name in node.input if name in makers]
+        behind = takers[node.output[0]]
+        if [giver.op_type for giver in givers] != ["DequantizeLinear"] * 2:
+            continue
+        if [taker.op_type for taker in behind] != ["QuantizeLinear"]:
+            continue
+        least, most = range_of(behind[0])
         if least < 0:  # no ReLU
             continue
-        ranges = [range_of(giver) for giver in givers if giver]
+        ranges = [range_of(giver) for giver in givers]
         lows = [max(own[0], -other[1]) for own, other in zip(ranges, ranges[::-1], strict=True)]
         highs = [min(own[1], most - low) for own, low in zip(ranges, lows[::-1], strict=True)]
         for giver, low, high in zip(givers, lows, highs, strict=True):
-            assert giver is not None
-            quantize = makers[giver.input[0]]
-            if len(takers[giver.output[0]]) > 1 or len(takers[giver.input[0]]) > 1 or low >= 0:
+            quantized, scale_and_zero = giver.input[0], giver.input[1:3]
+            if len(takers[giver.output[0]]) > 1 or len(takers[quantized]) > 1 or low >= 0:
                 continue  # it is used for more than this sum, or is not negative
             scale = np.float32((high - low) / _LEVELS)
             zero = np.uint8(round(-low / scale))
-            for name, value in zip(quantize.input[1:3], (scale, zero), strict=True):
+            for name, value in zip(scale_and_zero, (scale, zero), strict=True):
                 tensors[name].CopyFrom(numpy_helper.from_array(np.asarray(value), name))

@@ -8,6 +8,7 @@ import torch
 from onnx import numpy_helper
 
 from tinyserve.devices import CPU
+from training import equalize as equalizing
 from training import export
 from training.equalize import equalize
 from training.evaluate import ServedNetwork
@@ -83,3 +84,17 @@ def test_a_layer_that_two_share_stays_as_it_is(images):
     )
     assert np.array_equal(old, new)
     np.testing.assert_allclose(run(equal, images)[0], run(model, images)[0], atol=1e-5)
+
+
+@pytest.mark.slow
+def test_of_large_images_fewer_are_measured_at_a_time(images, monkeypatch):
+    model, asked = graph_of("baseline"), []
+    expected = equalize(model, images).SerializeToString()
+
+    def at_a_time(count: int, size: int) -> int:
+        asked.append(size)
+        return min(count, 3)
+
+    monkeypatch.setattr(equalizing, "at_a_time", at_a_time)
+    assert equalize(model, images).SerializeToString() == expected
+    assert asked == [SIZE]

@@ -10,6 +10,7 @@ from torch import nn
 from tinyserve.errors import CheckpointError
 from tinyserve.modelfile import Label, ModelCard, write_model
 from training import checkpoint, export, pretrained, quantize
+from training.equalize import equalize
 from training.models import ARCHS, is_auxiliary
 from training.models.baseline import baseline
 
@@ -141,7 +142,7 @@ def test_a_file_in_8_bits_gives_every_weight_to_half_a_step(small_weights, pictu
     weights = trained("inception", small_weights, batch_norm=True)
     graph = export.to_onnx(weights.served(), weights.image_size)
     # The channels that the quantizer scales are scaled in both.
-    equal = quantize.equalize(graph, pictures.numpy())
+    equal = equalize(graph, pictures.numpy())
     single = write_file(tmp_path / "model.onnx", weights, graph=equal)
     graph = quantize.to_int8(graph, pictures.numpy(), pictures.numpy()).model
     path = write_file(tmp_path / "model.int8.onnx", weights, graph=graph, precision="int8")
