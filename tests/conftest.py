@@ -5,7 +5,7 @@ import shutil
 import struct
 import subprocess
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +17,15 @@ ROOT = Path(__file__).resolve().parent.parent
 # The shipped models and no others, wherever the tests are started from.
 os.environ["TINYSERVE_MODELS"] = os.environ.get("TINYSERVE_TEST_MODELS", str(ROOT / "exported"))
 os.environ.pop("TINYSERVE_DEVICE", None)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """An empty cache folder in place of the user's."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder))
+        yield folder
 
 
 @pytest.fixture(scope="session")

@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 
 from tinyserve import Classifier
-from tinyserve.archives import Member
 from tinyserve.classifier import _batches, _label_keys, _ranks
 from tinyserve.dataset import Input, find_inputs
 from tinyserve.errors import ImageError
+from tinyserve.members import Member
 from tinyserve.modelfile import Label
 
 

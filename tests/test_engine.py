@@ -4,7 +4,7 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 
-from tinyserve import engine, onnxruntime_session
+from tinyserve import devices, engine, onnxruntime_session
 from tinyserve.devices import CPU, CUDA, OPENVINO, cuda_problem, device_name, openvino_problem
 from tinyserve.engine import Engine, read_card
 from tinyserve.errors import DeviceError, ModelFileError, UsageError
@@ -161,3 +161,18 @@ def test_a_card_that_does_not_fit_its_graph_is_refused(tmp_path):
     write_model(path, graph, dataclasses.replace(card, image_size=32))
     with pytest.raises(ModelFileError, match="not what its metadata says"):
         read_card(path)
+
+
+@pytest.mark.parametrize(
+    ("flags", "exact"), [({"avx2"}, False), ({"avx512_vnni"}, True), ({"avx_vnni"}, True)]
+)
+def test_weights_are_made_exact_where_the_processor_is_not(monkeypatch, flags, exact):
+    """To do so takes a tenth of a second or two."""
+    monkeypatch.setattr(devices, "cpu_flags", lambda: frozenset(flags))
+    options = onnxruntime_session.session_options(threads=1)
+    name = "session.x64quantprecision"
+    if exact:
+        with pytest.raises(RuntimeError, match=name):
+            options.get_session_config_entry(name)
+    else:
+        assert options.get_session_config_entry(name) == "1"

@@ -18,12 +18,12 @@ import pytest
 import simplejpeg
 
 from tinyserve import images
-from tinyserve.archives import Member
 from tinyserve.classifier import Classifier, Prediction, Result
 from tinyserve.dataset import Input, find_inputs
 from tinyserve.engine import read_card
 from tinyserve.errors import OutputError
 from tinyserve.htmlreport import FIGURES, PAGE, make_folder, page, write_report
+from tinyserve.members import Member
 from tinyserve.modelfile import Label, ModelCard, find_model, write_model
 from tinyserve.report import Tally, wilson_interval
 from tinyserve.statistics import GALLERY, Reliability, Report, Statistics

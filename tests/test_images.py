@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from tinyserve import images
+from tinyserve import images, pillow
 from tinyserve.errors import ImageError
 
 
@@ -143,13 +143,13 @@ def test_a_large_image_has_the_room_and_gives_it_back(monkeypatch):
     room = images._Room(images._LARGE + 1_000_000)
     monkeypatch.setattr(images, "_ROOM", room)
     left = []
-    to_rgb = images._to_rgb
+    to_rgb = pillow._to_rgb
 
     def watched(image):
         left.append(room._left)
         return to_rgb(image)
 
-    monkeypatch.setattr(images, "_to_rgb", watched)
+    monkeypatch.setattr(pillow, "_to_rgb", watched)
     images.load(encode(Image.new("L", (2_100, 2_000)), "PNG"), size=64)
     damaged = encode(Image.new("L", (2_100, 2_000)), "PNG")[:-100]
     with pytest.raises(ImageError):

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import tinyserve
+from tinyserve.cli import _COMMANDS, _parser
 
 
 def run(code: str) -> subprocess.CompletedProcess:
@@ -37,3 +38,31 @@ def test_importing_tinyserve_brings_neither_torch_nor_gradio():
     names = result.stdout.split()
     assert "onnxruntime" in names
     assert not {"torch", "gradio", "onnx", "openvino", "training"} & set(names)
+
+
+def test_one_picture_is_classified_without_what_only_others_need(samples):
+    """Most of a cold start is imports."""
+    picture = str(samples / "goldfish" / "val_68.JPEG")
+    result = run(
+        "import sys; from tinyserve.cli import main\n"
+        f"main(['classify', {picture!r}, '--device', 'cpu'])\n"
+        "print(*sys.modules)"
+    )
+    row, modules = result.stdout.splitlines()
+    assert "goldfish" in row
+    names = set(modules.split())
+    assert "tinyserve.cli.classify" in names
+    others = {f"tinyserve.cli.{module}" for module in _COMMANDS.values()}
+    assert names & others == {"tinyserve.cli.classify"}
+    assert not {"PIL", "tarfile", "zipfile", "urllib.request", "tinyserve.server"} & names
+
+
+def test_the_parser_of_one_command_is_the_one_among_all():
+    def commands(parser):
+        (action,) = (a for a in parser._actions if a.dest == "==SUPPRESS==" or a.choices)
+        return action.choices
+
+    everything = commands(_parser())
+    assert list(everything) == list(_COMMANDS)
+    for name, parser in everything.items():
+        assert commands(_parser(name))[name].format_help() == parser.format_help()

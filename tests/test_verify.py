@@ -3,6 +3,8 @@
 import base64
 import dataclasses
 import json
+import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +12,11 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
+from tinyserve import engine
 from tinyserve.classifier import Classifier
 from tinyserve.cli import main
 from tinyserve.dataset import find_inputs
+from tinyserve.devices import openvino_problem
 from tinyserve.engine import Engine, read_card
 from tinyserve.errors import GateError
 from tinyserve.modelfile import METADATA_KEY, Evidence, ModelCard, find_model, write_model
@@ -112,6 +116,95 @@ def test_the_golden_images_find_what_no_digest_can(copy, change):
     with pytest.raises(GateError, match="fails its self-test on CPU"):
         Engine(copy, device="cpu")
     assert Engine(copy, device="cpu", self_test=False).run(np.zeros((1, 64, 64, 3), np.uint8)).any()
+
+
+@pytest.fixture
+def replayed(monkeypatch) -> list[Path]:
+    """The files whose golden images are replayed."""
+    replay, paths = engine._replay_golden, []
+
+    def watched(path, session):
+        paths.append(path)
+        return replay(path, session)
+
+    monkeypatch.setattr(engine, "_replay_golden", watched)
+    return paths
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch) -> Path:
+    folder = tmp_path / "cache"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
+    return folder
+
+
+@pytest.mark.usefixtures("cache")
+def test_what_has_passed_is_not_tested_again_under_the_same_circumstances(
+    copy, replayed, monkeypatch
+):
+    def tested_again(**arguments) -> bool:
+        replayed.clear()
+        Engine(copy, **{"device": "cpu", "self_test": "once", **arguments})
+        return bool(replayed)
+
+    assert tested_again()
+    assert not tested_again()
+    assert tested_again(self_test=True)
+    os.utime(copy, (1, 1))
+    assert tested_again()
+    assert not tested_again()
+    monkeypatch.setattr(engine.OnnxRuntimeSession, "runtime", "ONNX Runtime 0.1")
+    assert tested_again()
+    assert not tested_again()
+    monkeypatch.setattr(engine, "cpu_flags", lambda: frozenset({"another"}))
+    assert tested_again()
+    assert not tested_again()
+    monkeypatch.setattr(engine, "cpu_flags", frozenset)
+    assert tested_again() and tested_again()
+
+
+@pytest.mark.usefixtures("cache")
+def test_a_failure_is_not_kept(copy):
+    sealed_again(copy, swap_red_and_blue)
+    for _ in range(2):
+        with pytest.raises(GateError, match="fails its self-test on CPU"):
+            Engine(copy, device="cpu", self_test="once")
+
+
+@pytest.mark.usefixtures("cache")
+@pytest.mark.skipif(openvino_problem() is not None, reason="there is no other device")
+def test_what_has_passed_on_one_device_is_tested_on_another(copy, replayed):
+    Engine(copy, device="cpu", self_test="once")
+    Engine(copy, device="openvino", self_test="once")
+    assert len(replayed) == 2
+    Engine(copy, device="cpu", self_test="once")
+    Engine(copy, device="openvino", self_test="once")
+    assert len(replayed) == 2
+
+
+def test_a_cache_that_is_damaged_or_cannot_be_written_is_done_without(copy, cache, replayed):
+    file = cache / "tinyserve" / "self-tests.json"
+    for damage in ("{", "[]", '{"CPUExecutionProvider": 1}'):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(damage)
+        Engine(copy, device="cpu", self_test="once")
+    assert len(replayed) == 3
+    assert [path.name for path in file.parent.iterdir()] == ["self-tests.json"]
+    shutil.rmtree(cache)
+    cache.write_text("in the way")
+    Engine(copy, device="cpu", self_test="once")
+    assert len(replayed) == 4
+
+
+@pytest.mark.usefixtures("cache")
+def test_classify_tests_a_file_when_it_is_used_for_the_first_time(copy, samples, replayed):
+    command = ["classify", str(samples / "goldfish"), "-m", str(copy), "--device", "cpu"]
+    assert main([*command, "--no-self-test"]) == 0
+    assert replayed == []
+    assert main(command) == main(command) == 0
+    assert replayed == [copy]
+    sealed_again(copy, swap_red_and_blue)
+    assert main(command) == main(command) == 4
 
 
 def test_the_self_test_says_by_how_much_the_answers_differ(copy):

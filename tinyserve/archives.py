@@ -6,43 +6,21 @@ few rows of it were unpacked together.
 """
 
 import json
-import os
 import posixpath
 import tarfile
 import zipfile
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from functools import partial
 from itertools import repeat
 from typing import Any
 
 from tinyserve import images
 from tinyserve.errors import DataError, ImageError, UsageError
-
-TARS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
-SUFFIXES_OF_ARCHIVES = (".zip", *TARS, ".parquet")
+from tinyserve.members import TARS, Member, failed
 
 _IMAGE_COLUMNS = ("image", "img", "bytes", "content", "data")
 """Names looked for first among a table's columns that hold bytes."""
 _ROWS = 16  # of a table that are in memory at a time
-
-
-@dataclass(frozen=True, slots=True)
-class Member:
-    """One image inside an archive."""
-
-    name: str
-    """Inside the archive, with ``/``; of a table's row its number, from 0."""
-    label: str | None
-    """The table's own label; None in archives of files, where folders may tell."""
-    read: Callable[[], bytes]
-    """The image file, or :class:`~tinyserve.errors.ImageError`."""
-    in_memory: int = 0
-    """Bytes that it holds already."""
-
-
-def is_archive(path: str) -> bool:
-    return path.lower().endswith(SUFFIXES_OF_ARCHIVES) and os.path.isfile(path)
 
 
 def needs(path: str) -> None:
@@ -90,15 +68,6 @@ def read_texts(path: str, name: str) -> dict[str, str]:
                 except ImageError as error:
                     raise DataError(f"{path}/{info.filename}: {error}") from error
     return texts
-
-
-def failed(name: str, reason: str, label: str | None = None) -> Member:
-    """A member that cannot be read."""
-
-    def read() -> bytes:
-        raise ImageError(reason)
-
-    return Member(name, label, read)
 
 
 def _zipped(path: str) -> Iterator[Member]:

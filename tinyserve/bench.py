@@ -6,9 +6,7 @@ so that its cold start and its memory are its own, too.
 
 import dataclasses
 import itertools
-import json
 import logging
-import os
 import tempfile
 import threading
 import time
@@ -17,12 +15,12 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
 
+from tinyserve import kept
 from tinyserve.classifier import Classifier
 from tinyserve.dataset import version_of
 from tinyserve.devices import peak_resident_bytes
@@ -30,6 +28,8 @@ from tinyserve.errors import OutputError, UsageError
 
 _BATCHES = 4
 """At least so many for each stream: in fewer, most of the time is the first's and the last's."""
+_TUNED = "tuned.json"
+"""Of :mod:`tinyserve.kept`: a file's best settings."""
 _COPIES = 64
 """Files of each golden image; more than the batches that are at work at a time."""
 
@@ -205,24 +205,17 @@ def best(measurements: Sequence[Measurement]) -> dict[str, Measurement]:
     return fastest
 
 
-def tuned_file() -> Path:
-    """Where the best settings are kept: ``tinyserve/tuned.json`` in the user's cache folder."""
-    cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    return Path(cache, "tinyserve", "tuned.json")
-
-
 def save(fastest: dict[str, Measurement]) -> Path:
     """Keep the best settings, beside those of other files; returns where.
 
     Raises :class:`~tinyserve.errors.OutputError` where they cannot be written.
     """
-    path = tuned_file()
-    known = _read(path)
-    for file, entry in fastest.items():
-        known[_key(Path(file))] = dataclasses.asdict(entry.settings)
+    path = kept.location(_TUNED)
+    settings = {
+        _key(Path(file)): dataclasses.asdict(entry.settings) for file, entry in fastest.items()
+    }
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(known, indent=2) + "\n")
+        kept.add(_TUNED, settings)
     except OSError as error:
         raise OutputError(f"cannot write {path}: {error.strerror}") from error
     return path
@@ -232,7 +225,7 @@ def tuned(file: Path) -> Settings:
     """The best settings of a model file; :class:`~tinyserve.errors.UsageError` where none are
     known, or the file has changed since."""
     try:
-        return Settings(**_read(tuned_file())[_key(file)])
+        return Settings(**kept.read(_TUNED)[_key(file)])
     except (KeyError, TypeError) as error:
         raise UsageError(
             f"no settings were measured for {file}; run: tinyserve bench -m {file}"
@@ -241,11 +234,3 @@ def tuned(file: Path) -> Settings:
 
 def _key(file: Path) -> str:
     return f"{file.resolve()} {version_of(str(file))}"
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        known = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return known if isinstance(known, dict) else {}

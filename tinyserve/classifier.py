@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from tinyserve import images
 from tinyserve.dataset import Input
 from tinyserve.devices import preferred_precisions
-from tinyserve.engine import Engine
+from tinyserve.engine import Engine, SelfTest
 from tinyserve.errors import ImageError, UsageError
 from tinyserve.modelfile import DEFAULT_MODEL, PRECISIONS, Label, ModelCard, find_model
 
@@ -93,7 +93,7 @@ class Classifier:
         device: str | None = None,
         threads: int | None = None,
         streams: int = 1,
-        self_test: bool = True,
+        self_test: SelfTest = True,
     ) -> None:
         path = model_file(model, precision, device)
         self.engine = Engine(

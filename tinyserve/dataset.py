@@ -17,9 +17,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tinyserve import archives, images, remote
+from tinyserve import images
 from tinyserve.errors import DataError
 from tinyserve.images import SUFFIXES, is_image_name
+from tinyserve.members import Member, is_archive, is_remote
 
 ANNOTATIONS = "val_annotations.txt"
 _IMAGES_FOLDER = "images"
@@ -40,7 +41,7 @@ class Input:
     label: str | None
     """What the layout says it shows (a wnid or a folder's name), if it says anything. Whether that
     is a class of the model is for the model to decide."""
-    member: archives.Member | None = None
+    member: Member | None = None
     """Of an archive; None for a file of its own."""
 
     def read(self) -> bytes:
@@ -93,14 +94,16 @@ def _below(path: str) -> Iterator[Input]:
         if sys.stdin is None:  # closed before the start, by <&-
             raise DataError("stdin is closed")
         return _listed(sys.stdin.buffer)
-    if remote.is_remote(path):
+    if is_remote(path):
         return _not_empty(_remote(path), f"no images in {path}")
     if os.path.isdir(path):
         return _not_empty(
             map(_with_label, walk_images(path)),
             f"no images in {path} (looked for {', '.join(sorted(SUFFIXES))})",
         )
-    if archives.is_archive(path):
+    if is_archive(path):
+        from tinyserve import archives
+
         archives.needs(path)
         return _not_empty(_archived(path), f"no images in {path}")
     if os.path.lexists(path):
@@ -146,6 +149,8 @@ def _listed(lines: Iterable[bytes]) -> Iterator[Input]:
 
 
 def _archived(path: str) -> Iterator[Input]:
+    from tinyserve import archives
+
     def annotations(folder: str) -> dict[str, str] | None:
         return _annotations_inside(path).get(folder)
 
@@ -158,6 +163,8 @@ def _archived(path: str) -> Iterator[Input]:
 
 
 def _remote(uri: str) -> Iterator[Input]:
+    from tinyserve import remote
+
     scheme = uri.partition("://")[0]
     annotations = functools.partial(_annotations_behind, uri)
     for member in sorted(remote.members(uri), key=lambda member: _natural_key(member.name)):
@@ -253,6 +260,8 @@ def _annotations_beside(folder: str) -> dict[str, str] | None:
 @functools.lru_cache(maxsize=16)
 def _annotations_inside(archive: str) -> dict[str, dict[str, str]]:
     """By folder: a zip archive's table of contents is long, and is gone through once."""
+    from tinyserve import archives
+
     return {
         folder: _parse_annotations(text, archive)
         for folder, text in archives.read_texts(archive, ANNOTATIONS).items()
@@ -261,6 +270,8 @@ def _annotations_inside(archive: str) -> dict[str, dict[str, str]]:
 
 @functools.lru_cache(maxsize=1024)
 def _annotations_behind(uri: str, folder: str) -> dict[str, str] | None:
+    from tinyserve import remote
+
     text = remote.read_text(uri, f"{folder}/{ANNOTATIONS}")
     return None if text is None else _parse_annotations(text, uri)
 

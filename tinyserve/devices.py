@@ -181,6 +181,23 @@ def cpu_quota() -> float | None:
         return None
 
 
+@functools.cache
+def cpu_flags() -> frozenset[str]:
+    """What this processor can do, in the words of Linux; empty on other systems."""
+    names = ("flags", "Features")  # on x86 and on ARM
+    try:
+        with Path("/proc/cpuinfo").open() as lines:
+            found = next((line.partition(":")[2] for line in lines if line.startswith(names)), "")
+    except OSError:
+        return frozenset()
+    return frozenset(found.split())
+
+
+def sums_bytes_exactly() -> bool:
+    """Whether this x86 processor is known to have VNNI, which adds up products of 8 bits in 32."""
+    return not cpu_flags().isdisjoint({"avx512_vnni", "avx_vnni"})
+
+
 def peak_resident_bytes() -> int | None:
     """The most memory that this process has had; None where the system does not say."""
     try:

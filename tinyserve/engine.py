@@ -6,13 +6,18 @@ import os
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from tinyserve import kept
+from tinyserve.dataset import version_of
 from tinyserve.devices import (
+    CPU,
     CUDA,
+    OPENVINO,
+    cpu_flags,
     cuda_problem,
     default_threads,
     device_name,
@@ -27,12 +32,20 @@ from tinyserve.openvino_session import OpenVinoSession
 
 logger = logging.getLogger("tinyserve")
 
+SelfTest = bool | Literal["once"]
+"""Whether a file is tested before it is used; see :class:`Engine`."""
+
+_PASSED = "self-tests.json"
+"""Of :mod:`tinyserve.kept`: under which circumstances files have passed."""
+
 
 class Session(Protocol):
     """A model file in one of the runtimes."""
 
     card: ModelCard
     provider: str
+    runtime: str
+    """With its version."""
 
     def run(self, images: NDArray[np.uint8]) -> NDArray[np.float32]: ...
 
@@ -51,9 +64,11 @@ class Engine:
     are divided among them. One caller is served best by one stream, a pool of workers that keeps
     every core busy by a stream for each.
 
-    A file that carries golden images is tested with them at once, unless ``self_test`` is False.
-    Raises :class:`ModelFileError` for files that are no models of this package, and
-    :class:`GateError` for those that were changed or that answer otherwise here than they should.
+    A file that carries golden images is tested with them at once, unless ``self_test`` is False;
+    with ``"once"``, unless on a CPU the same file has passed before, with the same processor and
+    runtime: that is kept in the user's cache folder. Raises :class:`ModelFileError` for files that
+    are no models of this package, and :class:`GateError` for those that were changed or that answer
+    otherwise here than they should.
     """
 
     fallback: str | None
@@ -67,7 +82,7 @@ class Engine:
         device: str | None = None,
         threads: int | None = None,
         streams: int = 1,
-        self_test: bool = True,
+        self_test: SelfTest = True,
     ) -> None:
         device = wanted_device(device)
         if streams < 1:
@@ -76,6 +91,7 @@ class Engine:
         self._threads = threads or default_threads()
         self.path = Path(path)
         self.fallback = None
+        self._once = self_test == "once"
         tested = False
         if device == "auto":
             self._session, tested = self._open_best()
@@ -83,10 +99,8 @@ class Engine:
             raise DeviceError(f"device {device} cannot run: {problem}")
         else:
             self._session = self._open(device)
-        if self_test:
-            check_graph(self.path, self.card)
-            if not tested:
-                _replay_golden(self.path, self._session)
+        if self_test and not tested:
+            self._test(self._session)
         if self.fallback:
             logger.warning("running on the CPU: %s", self.fallback)
 
@@ -117,8 +131,8 @@ class Engine:
         return _run(self._session, images)
 
     def _open_best(self) -> tuple[Session, bool]:
-        """On the best device there is, and whether the golden images have been replayed there;
-        what keeps it from a better one goes to ``fallback``."""
+        """On the best device there is, and whether the file has been tested there; what keeps it
+        from a better one goes to ``fallback``."""
         self.fallback = cuda_problem()
         if self.fallback is None:
             try:
@@ -132,12 +146,21 @@ class Engine:
         if openvino_problem() is None:
             try:
                 session = self._open("openvino")
-                if _replay_golden(self.path, session) is None:
+                self._test(session)
+                if session.card.golden is None:
                     raise GateError(f"{self.path} has no golden images to test OpenVINO with")
                 return session, True
             except (DeviceError, GateError) as error:
                 self.fallback += f"; not with OpenVINO: {error}"
         return self._open("cpu"), False
+
+    def _test(self, session: Session) -> None:
+        if self._once and _passed_before(self.path, session):
+            return
+        check_graph(self.path, session.card)
+        _replay_golden(self.path, session)
+        if self._once:
+            _remember(self.path, session)
 
     def _open(self, device: str, *, strict: bool = True) -> Session:
         threads, streams = self._threads, self.streams
@@ -165,6 +188,31 @@ def _run(session: Session, images: NDArray[np.uint8]) -> NDArray[np.float32]:
         count = f"{len(images)} image{'' if len(images) == 1 else 's'} at a time"
         name = device_name(session.provider)
         raise DeviceError(f"{name} failed with {count}: {_in_a_line(cause, name)}") from cause
+
+
+def _passed_before(path: Path, session: Session) -> bool:
+    now = _circumstances(path, session)
+    return now is not None and kept.read(_PASSED).get(_subject(path, session)) == now
+
+
+def _remember(path: Path, session: Session) -> None:
+    if now := _circumstances(path, session):
+        with contextlib.suppress(OSError):  # it is tested again, then
+            kept.add(_PASSED, {_subject(path, session): now})
+
+
+def _subject(path: Path, session: Session) -> str:
+    return f"{session.provider} {path.resolve()}"
+
+
+def _circumstances(path: Path, session: Session) -> list[str] | None:
+    """All that the result of a self-test on a CPU depends on; None for a CPU that is not known, and
+    on other devices, whose drivers and memory fail more often."""
+    processor = " ".join(sorted(cpu_flags()))
+    if session.provider not in (CPU, OPENVINO) or not processor:
+        return None
+    # By its time, this module stands for what of this package is between a file and its answers.
+    return [version_of(str(path)), session.runtime, version_of(__file__), processor]
 
 
 def _replay_golden(path: Path, session: Session) -> float | None:

@@ -7,27 +7,26 @@ which is also written into every model file, is :data:`RESIZE_RULE`.
 """
 
 import contextlib
-import io
 import os
 import stat
 import threading
-import warnings
 from collections.abc import Callable, Iterator
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
 import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
 
 from tinyserve.errors import ImageError
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 RESIZE_RULE = (
     "decode to RGB, apply EXIF orientation, "
     "shorter side to size (bilinear, antialiased), centre crop"
 )
 
-FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF")
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff"})
 
 MAX_PIXELS = 89_478_485
@@ -37,12 +36,6 @@ default limit for what may be a decompression bomb. Decoding one takes several t
 MAX_BYTES = 3 * MAX_PIXELS
 """Larger files are refused before they are read: no image of :data:`MAX_PIXELS` pixels needs it."""
 
-# Pillow only warns between its limit and twice that; its documentation advises this filter to make
-# the limit strict. A filter is process-wide, but so is the risk.
-warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
-# And of what it finds odd in a file and reads nevertheless, in the midst of the rows.
-warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
-
 # To open a pipe would wait for its writer otherwise. Windows has the other flag.
 _READ = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
 
@@ -50,7 +43,6 @@ _JPEG_MAGIC = b"\xff\xd8\xff"
 _JPEG_SCAN = b"\xff\xda"
 _EXIF_MAGIC = b"Exif\x00\x00"
 _EXIF_WITHIN = 65_536
-_ORIENTATION = 0x0112  # the EXIF tag
 
 _SPARE = 4
 """Large JPEGs are decoded at half, a quarter or an eighth of their size, as long as that leaves so
@@ -90,8 +82,6 @@ class _Room:
 
 _ROOM = _Room(2 * MAX_PIXELS)
 _SMALL_ENOUGH = contextlib.nullcontext()
-
-_SIXTEEN_BIT_MODES = frozenset({"I;16", "I;16B", "I;16L", "I;16N", "I"})
 
 
 def is_image_name(name: str) -> bool:
@@ -187,14 +177,18 @@ def decode(data: bytes, *, at_least: int | None = None) -> NDArray[np.uint8]:
             return _decode_jpeg(data, at_least or 0)
         except ValueError:
             pass
-    return _decode_with_pillow(data)
+    from tinyserve import pillow
+
+    return pillow.decode(data, _room_for)
 
 
-def thumbnail(data: bytes, side: int) -> Image.Image:
+def thumbnail(data: bytes, side: int) -> "Image.Image":
     """The image in a file, RGB, shrunk where its longer side has more than ``side`` pixels.
 
     Raises :class:`~tinyserve.errors.ImageError` as :func:`decode` does.
     """
+    from PIL import Image
+
     picture = Image.fromarray(decode(data, at_least=side))
     picture.thumbnail((side, side))
     return picture
@@ -208,13 +202,11 @@ def resize(image: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
     height, width = image.shape[:2]
     if height == width == size:
         return image
+    from tinyserve import pillow
+
     # The centre square, resampled in one step: what lies outside it is never computed.
     side = min(height, width)
-    left, top = (width - side) / 2, (height - side) / 2
-    square = Image.fromarray(image).resize(
-        (size, size), Image.Resampling.BILINEAR, box=(left, top, left + side, top + side)
-    )
-    return np.array(square)
+    return pillow.resample_square(image, (width - side) / 2, (height - side) / 2, side, size)
 
 
 def _decode_jpeg(data: bytes, at_least: int, most_blocks: int | None = None) -> NDArray[np.uint8]:
@@ -224,23 +216,17 @@ def _decode_jpeg(data: bytes, at_least: int, most_blocks: int | None = None) -> 
         raise ValueError(colorspace)
     if most_blocks is not None and -(-height // 8) * -(-width // 8) > most_blocks:
         raise ValueError("large")
-    turn = _orientation(data) if _EXIF_MAGIC in data[:_EXIF_WITHIN] else 1
+    turn = 1
+    if _EXIF_MAGIC in data[:_EXIF_WITHIN]:
+        from tinyserve import pillow
+
+        turn = pillow.orientation(data)
     small = min(height, width) > at_least > 0
     with _room_for(height, width):
         pixels: NDArray[np.uint8] = simplejpeg.decode_jpeg(
             data, "RGB", min_height=at_least if small else 0, min_width=at_least if small else 0
         )
     return np.ascontiguousarray(_UPRIGHT[turn](pixels)) if turn in _UPRIGHT else pixels
-
-
-def _orientation(data: bytes) -> int:
-    """The EXIF orientation, 1 to 8; ValueError where the header cannot be read."""
-    try:
-        # Opening reads the header alone.
-        with Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
-            return int(image.getexif().get(_ORIENTATION, 1))
-    except Exception as error:  # Pillow raises almost anything on damaged data
-        raise ValueError("no readable EXIF data") from error
 
 
 _UPRIGHT: dict[int, Callable[[NDArray[np.uint8]], NDArray[np.uint8]]] = {
@@ -253,43 +239,6 @@ _UPRIGHT: dict[int, Callable[[NDArray[np.uint8]], NDArray[np.uint8]]] = {
     8: np.rot90,
 }
 """How to turn an image by its EXIF orientation; at others it is upright."""
-
-
-def _decode_with_pillow(data: bytes) -> NDArray[np.uint8]:
-    try:
-        with (
-            Image.open(io.BytesIO(data), formats=FORMATS) as image,
-            _room_for(image.height, image.width),
-        ):
-            image.load()
-            ImageOps.exif_transpose(image, in_place=True)
-            return np.array(_to_rgb(image))
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ImageError(f"too large: more than {MAX_PIXELS:,} pixels") from error
-    except UnidentifiedImageError as error:
-        raise ImageError("not an image, or a format that is not supported") from error
-    except ImageError:
-        raise
-    except Exception as error:  # Pillow's decoders raise almost anything on damaged data
-        reason = str(error).strip().splitlines()
-        raise ImageError(
-            f"damaged image: {reason[0] if reason else type(error).__name__}"
-        ) from error
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode in _SIXTEEN_BIT_MODES:
-        values = np.asarray(image)
-        if values.dtype.itemsize > 2:  # "I", which may hold more than 16 bits
-            values = values.clip(0, 65_535)
-        return Image.fromarray((values >> 8).astype(np.uint8)).convert("RGB")
-    if image.mode == "F":
-        raise ImageError("floating-point pixels are not supported")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        return Image.alpha_composite(white, image).convert("RGB")
-    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _room_for(height: int, width: int) -> contextlib.AbstractContextManager[None]:

@@ -12,7 +12,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from tinyserve.bound_batches import BoundBatches
-from tinyserve.devices import CPU, CUDA, TENSORRT
+from tinyserve.devices import CPU, CUDA, TENSORRT, sums_bytes_exactly
 from tinyserve.errors import DeviceError
 from tinyserve.modelfile import (
     INPUT_NAME,
@@ -54,6 +54,8 @@ class OnnxRuntimeSession:
 
     As many as ``streams`` calls of :meth:`run` share ``threads`` CPU threads.
     """
+
+    runtime = f"ONNX Runtime {getattr(ort, '__version__', '?')}"
 
     def __init__(
         self, path: Path, device: str, *, threads: int, streams: int = 1, strict: bool = True
@@ -101,9 +103,11 @@ def session_options(threads: int) -> ort.SessionOptions:
     # Threads that wait by spinning take the cores from whatever else runs: another model, decoding,
     # another process. On two cores the 8-bit models are a third slower with it, even alone.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    # Without VNNI, products of 8 bits are added up in 16, which overflow, unless ONNX Runtime makes
-    # unsigned weights of signed ones, which is slower. It does so where they have more than 7 bits.
-    options.add_session_config_entry("session.x64quantprecision", "1")
+    if not sums_bytes_exactly():
+        # Products of 8 bits are added up in 16, which overflow, unless ONNX Runtime makes unsigned
+        # weights of signed ones, which is slower. It does so where they have more than 7 bits; to
+        # look for these takes a tenth of a second or two.
+        options.add_session_config_entry("session.x64quantprecision", "1")
     return options
 
 

@@ -29,6 +29,7 @@ class OpenVinoSession:
 
     def __init__(self, path: Path, *, threads: int, streams: int) -> None:
         openvino = import_openvino()
+        self.runtime = f"OpenVINO {openvino.__version__}"
         # Left to itself, OpenVINO tries every format on what is no ONNX, and they complain aloud.
         frontend = openvino.frontend.FrontEndManager().load_by_framework("onnx")
         model = frontend.convert(frontend.load(str(path)))

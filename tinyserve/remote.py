@@ -3,13 +3,9 @@
 from functools import partial
 from typing import Any
 
-from tinyserve.archives import Member
 from tinyserve.errors import DataError, ImageError, UsageError
 from tinyserve.images import is_image_name, read_from
-
-
-def is_remote(path: str) -> bool:
-    return "://" in path
+from tinyserve.members import Member
 
 
 def members(uri: str) -> list[Member]:

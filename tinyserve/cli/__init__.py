@@ -4,21 +4,38 @@ Each declares its arguments in ``add_to``, and every command is a function of th
 stdout, everything else to stderr. Exit codes: 0 clean, 1 failure, 2 usage, 3 finished but some
 inputs failed, 4 a model is not what it was, 5 the device asked for cannot run.
 
-What only one command needs is imported inside its function: of a cold start, most is imports.
+Of a cold start, most is imports: only the module of the command that is run is imported, and what
+few of its uses need inside its functions.
 """
 
 import argparse
+import importlib
 import logging
 import os
 import sys
 from collections.abc import Sequence
 
-from tinyserve.cli import adopt, bench, checks, classify, doctor, models, serve, triton
 from tinyserve.errors import TinyserveError, describe_os_error
+
+_COMMANDS = {
+    "classify": "classify",
+    "models": "models",
+    "info": "models",
+    "labels": "models",
+    "verify": "checks",
+    "compare": "checks",
+    "bench": "bench",
+    "adopt": "adopt",
+    "doctor": "doctor",
+    "triton": "triton",
+    "serve": "serve",
+}
+"""Command to the module that has it. In this order they are in the help."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    arguments = _parser().parse_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
+    arguments = _parser(*argv[:1]).parse_args(argv)
     logging.basicConfig(format="tinyserve: %(message)s", level=logging.WARNING, force=True)
     # Closed before the start, by >&-, a stream is None; these are for as long as the process.
     sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
@@ -54,12 +71,13 @@ def _let_go_of_stdout() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(command: str = "") -> argparse.ArgumentParser:
+    """For one command, or for all where it is none of them."""
     parser = argparse.ArgumentParser(
         prog="tinyserve", description="Classify images with small, self-describing ONNX models."
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    # In this order they are in the help.
-    for module in (classify, models, checks, bench, adopt, doctor, triton, serve):
-        module.add_to(commands)
+    modules = [_COMMANDS[command]] if command in _COMMANDS else _COMMANDS.values()
+    for module in dict.fromkeys(modules):
+        importlib.import_module(f"tinyserve.cli.{module}").add_to(commands)
     return parser

@@ -13,7 +13,6 @@ from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 
-from tinyserve.archives import is_archive
 from tinyserve.classifier import Classifier, model_file
 from tinyserve.cli.arguments import Commands, add_device, count, model_name, number, whole
 from tinyserve.cli.terminal import SOME_FAILED, progress
@@ -21,6 +20,7 @@ from tinyserve.confidence import in_words, operating_point
 from tinyserve.dataset import Input, find_inputs
 from tinyserve.devices import default_threads, device_name
 from tinyserve.errors import OutputError, UsageError
+from tinyserve.members import is_archive
 from tinyserve.modelfile import DEFAULT_MODEL, PRECISIONS
 from tinyserve.output import FORMATS, format_of, open_rows
 from tinyserve.report import Summary, Tally
@@ -72,7 +72,11 @@ def add_to(commands: Commands) -> None:
         action="store_true",
         help="with the device, workers and batch size that `tinyserve bench` found fastest here",
     )
-    add("--no-self-test", action="store_true", help="do not replay the file's golden images first")
+    add(
+        "--no-self-test",
+        action="store_true",
+        help="do not replay a file's golden images when it is used here for the first time",
+    )
     add("--format", choices=FORMATS, help="default: table, or by the suffix of -o")
     add(
         "--submission",
@@ -128,7 +132,7 @@ def classify(arguments: argparse.Namespace) -> int:
         device=settings.device,
         # A few images get all the cores for each batch, one after the other.
         streams=max(1, min(settings.workers, batches)) if all_of_them else settings.workers,
-        self_test=not arguments.no_self_test,
+        self_test=False if arguments.no_self_test else "once",
     )
     k = min(arguments.topk, len(classifier.card.labels))
     threshold = arguments.min_confidence

@@ -15,11 +15,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tinyserve import archives, images
+from tinyserve import images
 from tinyserve.classifier import Classifier, Prediction
 from tinyserve.dataset import Input, find_inputs
 from tinyserve.devices import device_name
 from tinyserve.errors import DataError, ImageError, TinyserveError, UsageError
+from tinyserve.members import Member, is_archive
 from tinyserve.occlusion import Occlusion, occlude
 
 Upload = Mapping[str, Any]
@@ -100,7 +101,7 @@ class Answers:
         for upload in files:
             file = self._file(upload)
             # Other archives are read from their beginning: counting would be reading them whole.
-            if archives.is_archive(str(file)) and file.suffix.lower() != ".zip":
+            if is_archive(str(file)) and file.suffix.lower() != ".zip":
                 raise UsageError(f"{file.name}: of archives, the page takes zip")
             found.extend(itertools.islice(_inputs(file, file.parent), MAX_PICTURES + 1))
             if len(found) > MAX_PICTURES:
@@ -155,6 +156,6 @@ def _inputs(path: Path, root: Path) -> Iterator[Input]:
     try:
         for found in find_inputs([str(path)]):
             name = found.path.removeprefix(f"{root}{os.sep}")
-            yield _NamedInput(name, found.label, archives.Member(name, None, found.read))
+            yield _NamedInput(name, found.label, Member(name, None, found.read))
     except DataError as error:
         raise DataError(str(error).replace(f"{root}{os.sep}", "")) from error

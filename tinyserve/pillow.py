@@ -1,0 +1,90 @@
+"""Pillow's part of :mod:`tinyserve.images`: every format but the plainest JPEGs, and resampling.
+
+A module of its own, as Pillow takes a while to import, which a single JPEG of a model's own size
+need not wait for.
+"""
+
+import io
+import warnings
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from tinyserve.errors import ImageError
+
+FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF")
+
+# Pillow only warns between its limit and twice that; its documentation advises this filter to make
+# the limit strict. A filter is process-wide, but so is the risk.
+warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
+# And of what it finds odd in a file and reads nevertheless, in the midst of the rows.
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
+
+_ORIENTATION = 0x0112  # the EXIF tag
+_SIXTEEN_BIT_MODES = frozenset({"I;16", "I;16B", "I;16L", "I;16N", "I"})
+
+
+def decode(
+    data: bytes, room_for: Callable[[int, int], AbstractContextManager[None]]
+) -> NDArray[np.uint8]:
+    """The pixels of an image file; see :func:`tinyserve.images.decode`.
+
+    ``room_for`` is asked for a height and a width while an image of these is decoded.
+    """
+    try:
+        with (
+            Image.open(io.BytesIO(data), formats=FORMATS) as image,
+            room_for(image.height, image.width),
+        ):
+            image.load()
+            ImageOps.exif_transpose(image, in_place=True)
+            return np.array(_to_rgb(image))
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise ImageError(f"too large: more than {Image.MAX_IMAGE_PIXELS:,} pixels") from error
+    except UnidentifiedImageError as error:
+        raise ImageError("not an image, or a format that is not supported") from error
+    except ImageError:
+        raise
+    except Exception as error:  # Pillow's decoders raise almost anything on damaged data
+        reason = str(error).strip().splitlines()
+        raise ImageError(
+            f"damaged image: {reason[0] if reason else type(error).__name__}"
+        ) from error
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode in _SIXTEEN_BIT_MODES:
+        values = np.asarray(image)
+        if values.dtype.itemsize > 2:  # "I", which may hold more than 16 bits
+            values = values.clip(0, 65_535)
+        return Image.fromarray((values >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode == "F":
+        raise ImageError("floating-point pixels are not supported")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, image).convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def orientation(data: bytes) -> int:
+    """The EXIF orientation, 1 to 8; ValueError where the header cannot be read."""
+    try:
+        # Opening reads the header alone.
+        with Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
+            return int(image.getexif().get(_ORIENTATION, 1))
+    except Exception as error:  # Pillow raises almost anything on damaged data
+        raise ValueError("no readable EXIF data") from error
+
+
+def resample_square(
+    image: NDArray[np.uint8], left: float, top: float, side: float, size: int
+) -> NDArray[np.uint8]:
+    """A square of an image, bilinear and antialiased: uint8 ``(size, size, 3)``."""
+    square = Image.fromarray(image).resize(
+        (size, size), Image.Resampling.BILINEAR, box=(left, top, left + side, top + side)
+    )
+    return np.array(square)
