@@ -65,12 +65,15 @@ class Recipe:
     sizes they were not trained on (arXiv:1906.06423)."""
     crop_area: tuple[float, float] | None
     """Area of random resized crops as a fraction of the image; None for random crops unscaled."""
+    last_crop_area: tuple[float, float] | None = None
+    """The same from ``mix_until`` on, if not None: what is cropped looks larger than it will in the
+    whole images that the network is served (arXiv:1906.06423)."""
     cutmix: float = 0.0
     """Share of batches in which part of every image is another's (arXiv:1905.04899)."""
     mixup: float = 0.0
     """Share of batches in which every image is blended with another (arXiv:1710.09412)."""
     mix_until: float = 0.85
-    """Progress at which both stop: the last steps see whole images again."""
+    """Progress at which both stop: the last steps see unmixed images again."""
     ema: float | None = None
     """Decay of the running average of the weights, which is what is evaluated and exported; in
     the first steps it is less."""
@@ -88,8 +91,11 @@ class Recipe:
             raise UsageError("the weight decay must be at least 0")
         if self.nesterov and not self.momentum:
             raise UsageError("Nesterov momentum needs a momentum above 0")
-        if self.crop_area and not 0 < self.crop_area[0] <= self.crop_area[1] <= 1:
-            raise UsageError("the area of crops must be two shares from 0 to 1, the smaller first")
+        for area in (self.crop_area, self.last_crop_area):
+            if area and not 0 < area[0] <= area[1] <= 1:
+                raise UsageError(
+                    "the area of crops must be two shares from 0 to 1, the smaller first"
+                )
         if self.sizes[0][0] != 0 or list(self.sizes) != sorted(
             self.sizes, key=lambda size: size[0]
         ):
@@ -156,6 +162,11 @@ class Recipe:
     def auxiliary_weight_at(self, progress: float) -> float:
         """Weight of each auxiliary head's loss after a share of all steps."""
         return self.auxiliary_weight * (1 - progress if self.auxiliary_fades else 1)
+
+    def crop_area_at(self, progress: float) -> tuple[float, float] | None:
+        """Of random resized crops after a share of all steps, as a fraction of the image."""
+        last = self.last_crop_area is not None and progress >= self.mix_until
+        return self.last_crop_area if last else self.crop_area
 
     def training_size(self, step: int, steps_per_epoch: int) -> int:
         """The size of the images that the network is trained on at a step; the last is always at

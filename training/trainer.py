@@ -321,11 +321,10 @@ class Trainer:
     def _boxes(self) -> augment.Boxes:
         recipe = self.config.recipe
         _, height, width, _ = self.images.shape
-        if recipe.crop_area is None:
+        area = recipe.crop_area_at(self.progress)
+        if area is None:
             return augment.random_crops(self.batch_size, height, width, recipe.crop, self.device)
-        return augment.random_resized_crops(
-            self.batch_size, height, width, recipe.crop_area, self.device
-        )
+        return augment.random_resized_crops(self.batch_size, height, width, area, self.device)
 
     def _choose_mix(self) -> nn.Module | None:
         """What to mix this step's images with each other by, if at all."""

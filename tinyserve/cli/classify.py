@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import dataclasses
+import gc
 import itertools
 import json
 import math
@@ -121,6 +122,8 @@ def classify(arguments: argparse.Namespace) -> int:
         raise UsageError("--resume goes on with the file that -o names")
     inputs = find_inputs(arguments.paths)
     first, all_of_them = _first(inputs)
+    # What is listed stays for long: not to be looked through for garbage, over and over.
+    gc.freeze()
     widest = max((len(item.path) for item in first), default=0)
     listed = len(first)
     inputs = itertools.chain(_given_away(first), inputs)
