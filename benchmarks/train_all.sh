@@ -65,8 +65,7 @@ modern() {
     train inception-modern --arch inception --epochs 20 --set 'sizes=[[0,48],[0.75,56]]' "${teacher[@]}"
     train alexnet-modern --arch alexnet --epochs 26 --lr 0.15 --set cutmix=0.2 --set dropout=0.3 \
         --set 'sizes=[[0,48],[0.6,56]]' "${teacher[@]}"
-    train baseline-modern --arch baseline --epochs 80 --batch-size 1024 --lr 0.6 --set cutmix=0 \
-        --set dropout=0.2 --set weight_decay=0.0003 --set 'crop_area=[0.5,1]' "${teacher[@]}"
+    train baseline-modern --arch baseline --epochs 80 --batch-size 1024 --lr 0.6 "${teacher[@]}"
     train resnet20-distilled --arch resnet20 "${teacher[@]}"
 }
 

@@ -54,7 +54,8 @@ def load(path: Path) -> checkpoint.Weights:
             len(card.labels), image_size=card.network_size, batch_norm=batch_norm
         )
         state = _unfold(model, tensors)
-        if state is not None:
+        # Norms leave no trace in a graph, but some layouts that have them pool otherwise.
+        if state is not None and _windows(model) == _windows_in(graph):
             return checkpoint.Weights(
                 arch=card.architecture,
                 batch_norm=batch_norm,
@@ -68,6 +69,27 @@ def load(path: Path) -> checkpoint.Weights:
                 training=card.training,
             )
     raise CheckpointError(f"{path} does not hold the tensors of {card.architecture}")
+
+
+def _windows(model: nn.Module) -> list[int]:
+    """The sides of all max pools' windows, in falling order."""
+    sides = (
+        module.kernel_size
+        for name, module in model.named_modules()
+        if isinstance(module, nn.MaxPool2d) and not is_auxiliary(name)
+    )
+    return sorted((side for side in sides if isinstance(side, int)), reverse=True)
+
+
+def _windows_in(graph: onnx.GraphProto) -> list[int]:
+    shapes = (
+        attribute.ints
+        for node in graph.node
+        if node.op_type == "MaxPool"
+        for attribute in node.attribute
+        if attribute.name == "kernel_shape"
+    )
+    return sorted((shape[0] for shape in shapes), reverse=True)
 
 
 def _tensors(graph: onnx.GraphProto) -> dict[str, Tensor]:

@@ -248,7 +248,7 @@ def paper(arch: str) -> Recipe:
 _MODERN_LR = {"baseline": 0.8, "alexnet": 0.1, "inception": 0.4, "resnet20": 0.4}
 _MODERN_WEIGHT_DECAY = {"baseline": 3e-4, "alexnet": 5e-4, "inception": 2e-4, "resnet20": 5e-4}
 _MODERN_EPOCHS = {"baseline": 60, "alexnet": 80, "inception": 60, "resnet20": 60}
-_MODERN_CUTMIX = {"baseline": 0.3, "alexnet": 0.5, "inception": 0.0, "resnet20": 0.5}
+_MODERN_CUTMIX = {"baseline": 0.0, "alexnet": 0.5, "inception": 0.0, "resnet20": 0.5}
 
 
 def modern(arch: str) -> Recipe:
@@ -257,7 +257,9 @@ def modern(arch: str) -> Recipe:
     Inception, a tenth of the others' size, is held back by regularisation rather than helped.
 
     Baseline, most of it one large matrix, wants a high learning rate: of 0.08, 0.3, 0.8 and 2, in
-    batches of 512, 0.8 was right most often after three epochs, on 5,000 images held out.
+    batches of 512, 0.8 was right most often after three epochs, on 5,000 images held out. On 30,000
+    images for 30 epochs, CutMix on half of the batches cost it 1.9 points on these 5,000. Six
+    epochs more on crops of 0.8 of the area or more gave it 29.1 %, on crops of half or more 28.4 %.
 
     All are evaluated on the whole image: what random-resized crops show is resampled, and with one
     layer of filters a network is lost on pixels that are not. Trained so for 18 epochs, baseline
@@ -265,6 +267,7 @@ def modern(arch: str) -> Recipe:
     """
     arch = _KIN.get(arch, arch)
     fixed = arch in FIXED_SIZE
+    baseline = arch == "baseline"
     return Recipe(
         name="modern",
         epochs=_MODERN_EPOCHS[arch],
@@ -278,11 +281,14 @@ def modern(arch: str) -> Recipe:
         label_smoothing=0.05 if arch == "inception" else 0.1,
         auxiliary_fades=True,
         batch_norm=True,
+        dropout=0.2 if baseline else None,
         mean_image=False,
         crop=64,
         sizes=((0.0, 56),) if fixed else ((0.0, 48), (0.4, 64)),
-        crop_area=(0.5, 1.0) if arch == "inception" else (0.35, 1.0),
+        crop_area=(0.5, 1.0) if arch in ("inception", "baseline") else (0.35, 1.0),
+        last_crop_area=(0.8, 1.0) if baseline else None,
         cutmix=_MODERN_CUTMIX[arch],
+        mix_until=0.7 if baseline else 0.85,
         ema=0.999,
     )
 
@@ -312,6 +318,7 @@ def cpu(arch: str) -> Recipe:
         crop=56 if fixed else 64,
         sizes=_CPU_SIZES[arch],
         crop_area=None if fixed else (0.6, 1.0),
+        last_crop_area=None,
         auxiliary_fades=False,
         distill_once=True,
         cutmix=0.0,

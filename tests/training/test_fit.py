@@ -275,6 +275,20 @@ def test_the_last_batches_are_not_mixed(make_trainer, mix):
     assert same == [False] * 5 + [True] * 4  # the fifth step begins before half of nine is done
 
 
+def test_the_last_batches_are_cropped_less(make_trainer):
+    sizes = {"crop_area": (0.25, 0.25), "last_crop_area": (1.0, 1.0)}
+    trainer = make_trainer(**sizes, mix_until=0.5)
+    areas = []
+    for _ in range(trainer.steps):
+        boxes = trainer._boxes()
+        height, width = trainer.images.shape[1:3]
+        areas.append(float((boxes.height * boxes.width).mean()) / (height * width))
+        trainer.train_step()
+    assert len(areas) == 9
+    assert all(area == pytest.approx(0.25, abs=0.01) for area in areas[:5])
+    assert all(area > 0.85 for area in areas[5:])  # sides that do not fit are cut
+
+
 def test_cutmix_shows_every_picture_with_a_part_of_another(make_trainer):
     mixed, plain = (next(iter(batches(make_trainer(**mix)))) for mix in ({"cutmix": 1.0}, {}))
     own = (mixed == plain).all(dim=1)  # [N, S, S]

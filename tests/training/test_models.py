@@ -6,6 +6,7 @@ from torch import nn
 
 from training.checkpoint import final_state
 from training.models import ARCHS, count_parameters, is_auxiliary
+from training.models.baseline import baseline
 
 PARAMETERS = {
     "baseline": 13_052_296,
@@ -46,6 +47,15 @@ def test_batch_norm_follows_every_convolution_where_it_is_asked_for(arch):
     assert convolutions
     assert all(isinstance(layers[i + 1], nn.BatchNorm2d) for i in convolutions)
     assert all(layers[i].bias is None for i in convolutions)
+
+
+def test_baseline_pools_as_in_the_paper_or_over_windows_that_overlap():
+    image = torch.zeros(1, 16, 56, 56)
+    image[0, 0, 20, 20] = 1
+    plain, overlapping = (baseline(batch_norm=norm).pool(image)[0, 0] for norm in (False, True))
+    assert plain.shape == overlapping.shape == (28, 28)
+    assert plain.nonzero().tolist() == [[10, 10]]
+    assert overlapping.nonzero().tolist() == [[y, x] for y in (9, 10, 11) for x in (9, 10, 11)]
 
 
 @every_arch

@@ -82,6 +82,7 @@ def test_every_recipe_is_one_for_every_architecture(name, arch):
         assert last == 56
     # What training resamples is resampled at evaluation, too, if the sizes leave a choice.
     assert recipe.crop == (64 if recipe.crop_area else 56)
+    assert recipe.crop_area or not recipe.last_crop_area
 
 
 def test_the_paper_recipe_is_the_layout_of_the_paper():
@@ -92,6 +93,20 @@ def test_the_paper_recipe_is_the_layout_of_the_paper():
         assert recipe.mean_image
         assert recipe.ten_crop
         assert recipe.crop_area is None
+
+
+def test_crops_have_another_area_for_the_last_steps():
+    recipe = dataclasses.replace(
+        RECIPES["modern"]("baseline"),
+        crop_area=(0.25, 0.5),
+        last_crop_area=(0.5, 1.0),
+        mix_until=0.75,
+    )
+    assert [recipe.crop_area_at(p) for p in (0, 0.7, 0.75, 1)] == [(0.25, 0.5)] * 2 + [
+        (0.5, 1.0)
+    ] * 2
+    same = dataclasses.replace(recipe, last_crop_area=None)
+    assert {same.crop_area_at(p) for p in (0, 0.7, 0.75, 1)} == {(0.25, 0.5)}
 
 
 # Other sizes of images
@@ -277,6 +292,7 @@ INVALID = {
     "areas the wrong way round": {"crop_area": (1.0, 0.5)},
     "an area of nothing": {"crop_area": (0.0, 0.5)},
     "an area of more than all": {"crop_area": (0.5, 1.5)},
+    "last areas the wrong way round": {"last_crop_area": (1.0, 0.5)},
     "no size at the start": {"sizes": ((0.5, 32),)},
     "sizes out of order": {"sizes": ((0.0, 24), (0.9, 48), (0.5, 32))},
     "a negative share of CutMix": {"cutmix": -0.1},
