@@ -43,6 +43,14 @@ def test_batches_of_every_size_are_answered_in_order(session, batches, count):
     assert np.abs(found - plain(session, images)).max() < 1e-6
 
 
+@pytest.mark.parametrize("count", [30, 32])
+def test_images_may_lie_anywhere_in_memory(session, batches, count):
+    mirrored = pictures(count)[:, :, ::-1]
+    assert not mirrored.flags.c_contiguous
+    found = batches.run(mirrored)
+    assert np.abs(found - plain(session, np.ascontiguousarray(mirrored))).max() < 1e-6
+
+
 @pytest.fixture
 def runs(monkeypatch):
     """Session and size of every run."""

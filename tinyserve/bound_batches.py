@@ -82,7 +82,7 @@ class _Buffers:
         self, session: ort.InferenceSession, device: str, shape: tuple[int, ...], classes: int
     ) -> None:
         self._session = session
-        self._host = np.zeros(shape, np.uint8)
+        self._padded = np.zeros(shape, np.uint8)
         self._input = ort.OrtValue.ortvalue_from_shape_and_type(shape, np.uint8, device)
         self._output = ort.OrtValue.ortvalue_from_shape_and_type(
             (shape[0], classes), np.float32, device
@@ -92,8 +92,11 @@ class _Buffers:
         self._binding.bind_ortvalue_output(OUTPUT_NAME, self._output)
 
     def run(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
-        # What an earlier batch left behind them is computed, too, and disturbs nothing.
-        self._host[: len(images)] = images
-        self._input.update_inplace(self._host)
+        count = len(images)
+        if count < len(self._padded):
+            # What an earlier batch left behind them is computed, too, and disturbs nothing.
+            self._padded[:count] = images
+            images = self._padded
+        self._input.update_inplace(np.ascontiguousarray(images))
         self._session.run_with_iobinding(self._binding)
-        return np.array(self._output.numpy()[: len(images)])
+        return np.array(self._output.numpy()[:count])
