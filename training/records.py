@@ -236,6 +236,7 @@ def rate_of(recipe: dict[str, Any], step: int, steps_per_epoch: int) -> float:
         peak=float(recipe["lr"]),
         warmup=float(recipe.get("warmup", 0.0)),
         epochs=int(recipe["epochs"]),
+        restart_epochs=int(recipe.get("restart_epochs", 1)),
     )
 
 

@@ -32,6 +32,14 @@ def test_the_paper_schedule_restarts_every_epoch():
         assert 0 < rates[-1] < 0.01 * recipe.lr
 
 
+def test_the_cosine_may_restart_after_several_epochs():
+    recipe = dataclasses.replace(RECIPES["paper"]("resnet20"), epochs=6, restart_epochs=3)
+    rates = [recipe.learning_rate(step, STEPS) for step in range(6 * STEPS)]
+    assert rates[: 3 * STEPS] == rates[3 * STEPS :] == sorted(rates[: 3 * STEPS], reverse=True)
+    assert rates[0] == recipe.lr
+    assert 0 < rates[-1] < 0.01 * recipe.lr
+
+
 @pytest.mark.parametrize("name", ["modern", "cpu"])
 def test_the_rate_rises_linearly_and_falls_once_to_nearly_nothing(name):
     recipe = RECIPES[name]("inception")
@@ -282,6 +290,7 @@ INVALID = {
     "no epochs": {"epochs": 0},
     "negative epochs": {"epochs": -1},
     "empty batches": {"batch_size": 0},
+    "restarts without an epoch between them": {"restart_epochs": 0},
     "no learning rate": {"lr": 0.0},
     "negative learning rate": {"lr": -0.1},
     "learning rate not a number": {"lr": math.nan},
