@@ -71,25 +71,23 @@ def load(path: Path) -> checkpoint.Weights:
     raise CheckpointError(f"{path} does not hold the tensors of {card.architecture}")
 
 
-def _windows(model: nn.Module) -> list[int]:
-    """The sides of all max pools' windows, in falling order."""
-    sides = (
+def _windows(model: nn.Module) -> set[object]:
+    """The sides of the windows over which maxima are taken."""
+    return {
         module.kernel_size
         for name, module in model.named_modules()
         if isinstance(module, nn.MaxPool2d) and not is_auxiliary(name)
-    )
-    return sorted((side for side in sides if isinstance(side, int)), reverse=True)
+    }
 
 
-def _windows_in(graph: onnx.GraphProto) -> list[int]:
-    shapes = (
-        attribute.ints
+def _windows_in(graph: onnx.GraphProto) -> set[object]:
+    return {
+        attribute.ints[0]
         for node in graph.node
         if node.op_type == "MaxPool"
         for attribute in node.attribute
         if attribute.name == "kernel_shape"
-    )
-    return sorted((shape[0] for shape in shapes), reverse=True)
+    }
 
 
 def _tensors(graph: onnx.GraphProto) -> dict[str, Tensor]:
