@@ -111,7 +111,7 @@ def test_inference_speed_is_printed_with_ratios_and_by_node():
 
 @pytest.mark.slow
 def test_classify_is_printed_beside_its_session_a_peer_and_ten_lines(tmp_path):
-    command = [sys.executable, ROOT / "benchmarks" / "classify.py", "--models", "baseline"]
+    command = [sys.executable, ROOT / "benchmarks" / "classify.py", "--models", "inception"]
     command += ["--rounds", "1", "--candidates", "1", "--peers", "torch", "--limit", "8"]
     command += ["--parts", "files,cold,memory", "--seconds", "0.05", "--memory-inputs", "5", "10"]
     found = run([*command, "--json", tmp_path / "found.json"])
@@ -122,7 +122,8 @@ def test_classify_is_printed_beside_its_session_a_peer_and_ten_lines(tmp_path):
     assert len(rows) == 6
     assert rows["tinyserve", "default"]["images"] == 40
     assert rows["torch", "fastest"]["images"] == 8
-    # The peer runs the same network on the same pictures.
+    # The peer runs the same network on the same pictures, and rounds otherwise: to inception no two
+    # classes are as good as equal in any of them, as they are to baseline.
     assert rows["torch", "default"]["same_top1_as_ours"] == 1
     assert [row["name"] for row in document["cold"]][-1] == "ten lines"
     assert [row["inputs"] for row in document["memory"]] == [5, 10]
