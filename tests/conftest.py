@@ -20,7 +20,7 @@ os.environ.pop("TINYSERVE_DEVICE", None)
 
 
 @pytest.fixture(scope="session", autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def empty_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """An empty cache folder in place of the user's."""
     folder = tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as patch:

@@ -28,10 +28,10 @@ from tinyserve.errors import OutputError, UsageError
 
 _BATCHES = 4
 """At least so many for each stream: in fewer, most of the time is the first's and the last's."""
-_TUNED = "tuned.json"
-"""Of :mod:`tinyserve.kept`: a file's best settings."""
 _COPIES = 64
 """Files of each golden image; more than the batches that are at work at a time."""
+_TUNED = "tuned.json"
+"""Of :mod:`tinyserve.kept`: a file's best settings."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -210,7 +210,7 @@ def save(fastest: dict[str, Measurement]) -> Path:
 
     Raises :class:`~tinyserve.errors.OutputError` where they cannot be written.
     """
-    path = kept.location(_TUNED)
+    path = kept.folder() / _TUNED
     settings = {
         _key(Path(file)): dataclasses.asdict(entry.settings) for file, entry in fastest.items()
     }

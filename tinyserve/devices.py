@@ -181,16 +181,21 @@ def cpu_quota() -> float | None:
         return None
 
 
+def cpu_info(*names: str) -> str:
+    """What Linux says of the first processor under one of these names; empty where it does not, and
+    on other systems."""
+    try:
+        with Path("/proc/cpuinfo").open() as lines:
+            found = (line.partition(":")[2] for line in lines if line.startswith(names))
+            return next(found, "").strip()
+    except OSError:
+        return ""
+
+
 @functools.cache
 def cpu_flags() -> frozenset[str]:
     """What this processor can do, in the words of Linux; empty on other systems."""
-    names = ("flags", "Features")  # on x86 and on ARM
-    try:
-        with Path("/proc/cpuinfo").open() as lines:
-            found = next((line.partition(":")[2] for line in lines if line.startswith(names)), "")
-    except OSError:
-        return frozenset()
-    return frozenset(found.split())
+    return frozenset(cpu_info("flags", "Features").split())  # on x86 and on ARM
 
 
 def sums_bytes_exactly() -> bool:

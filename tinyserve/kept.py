@@ -7,16 +7,16 @@ from pathlib import Path
 from typing import Any
 
 
-def location(name: str) -> Path:
-    """The file of this name in ``$XDG_CACHE_HOME`` or ``~/.cache``."""
+def folder() -> Path:
+    """``tinyserve/`` in ``$XDG_CACHE_HOME`` or ``~/.cache``; it need not exist."""
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    return Path(cache, "tinyserve", name)
+    return Path(cache, "tinyserve")
 
 
 def read(name: str) -> dict[str, Any]:
     """Empty where nothing has been kept, or what was is damaged."""
     try:
-        known = json.loads(location(name).read_text())
+        known = json.loads((folder() / name).read_text())
     except (OSError, ValueError):
         return {}
     return known if isinstance(known, dict) else {}
@@ -27,7 +27,7 @@ def add(name: str, entries: dict[str, Any]) -> None:
 
     Raises :class:`OSError` where it cannot be written.
     """
-    path = location(name)
+    path = folder() / name
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{name}.{os.getpid()}.partial")
     try:

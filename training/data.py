@@ -28,7 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from tinyserve import images
+from tinyserve import images, kept
 from tinyserve.dataset import ANNOTATIONS, read_annotations, walk_images
 from tinyserve.errors import DataError, ImageError
 from tinyserve.modelfile import Label
@@ -359,7 +359,7 @@ def cache_folder(root: Path) -> Path:
         beside.mkdir(exist_ok=True)
     if os.access(beside, os.W_OK):
         return beside
-    user_cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tinyserve"
+    user_cache = kept.folder()
     user_cache.mkdir(parents=True, exist_ok=True)
     return user_cache
 

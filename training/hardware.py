@@ -4,12 +4,11 @@ import ctypes
 import platform
 import sys
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from tinyserve.devices import peak_resident_bytes
+from tinyserve.devices import cpu_info, peak_resident_bytes
 from tinyserve.errors import DeviceError, UsageError
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # of malloc.h
@@ -80,8 +79,4 @@ def peak_memory(device: torch.device) -> int | None:
 
 def cpu_model() -> str:
     """The processor's name, as far as the system tells."""
-    with suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    return cpu_info("model name") or platform.processor() or platform.machine()

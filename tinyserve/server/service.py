@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from tinyserve import images
+from tinyserve import pillow as _pillow  # noqa: F401  (or the first odd image would wait for it)
 from tinyserve.devices import default_threads
 from tinyserve.errors import ImageError, RequestError
 from tinyserve.server import Settings
