@@ -52,7 +52,6 @@ SAMPLES = ROOT / "samples"
 START = "import sys; from tinyserve.cli import main; sys.exit(main())"
 TINYSERVE = [sys.executable, "-P", "-c", START]
 PARTS = ("files", "photos", "cold", "memory")
-DEFAULT_BATCH_SIZE = 32  # of `tinyserve classify`
 
 FAST = [("-b", b, "-j", j) for b in ("16", "64", "256") for j in ("1", "2")]
 CANDIDATES: dict[str, list[tuple[str, ...]]] = {
@@ -207,7 +206,10 @@ def ours_of(job: Job, arguments: argparse.Namespace) -> list[Contender]:
     best = max(found, key=lambda row: float(row["end_to_end"]))["settings"]
     # bench tries as many workers as classify has by default, and fewer.
     workers = max(row["settings"]["workers"] for row in found)
-    default = ("-j", str(workers), "-b", str(DEFAULT_BATCH_SIZE))
+    # Ours finds a batch size while it works: beside it, the session has its own best one.
+    alone = [row for row in found if row["settings"]["workers"] == workers]
+    batch_size = max(alone, key=lambda row: float(row["session"]))["settings"]["batch_size"]
+    default = ("-j", str(workers), "-b", str(batch_size))
     fastest = ("-j", str(best["workers"]), "-b", str(best["batch_size"]))
     seconds = ("--seconds", str(arguments.seconds))
     return [

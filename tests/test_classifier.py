@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from tinyserve import Classifier
-from tinyserve.classifier import _batches, _label_keys, _ranks
+from tinyserve.classifier import _batches, _label_keys, _Pace, _ranks
 from tinyserve.dataset import Input, find_inputs
 from tinyserve.errors import ImageError
 from tinyserve.members import Member
@@ -101,8 +101,20 @@ def test_images_that_are_in_memory_already_end_a_batch_early():
             member = Member(str(number), None, bytes, in_memory)
             yield Input(f"a.tar/{number}", None, member)
 
-    assert [len(batch) for batch in _batches(inputs(0), 4, 25)] == [4, 4, 2]
-    assert [len(batch) for batch in _batches(inputs(10), 4, 25)] == [3, 3, 3, 1]
+    assert [len(batch) for batch in _batches(inputs(0), _Pace(4), 25)] == [4, 4, 2]
+    assert [len(batch) for batch in _batches(inputs(10), _Pace(4), 25)] == [3, 3, 3, 1]
+
+
+def test_batches_grow_while_they_are_quick_unless_their_size_was_given():
+    pace = _Pace(None)
+    for images, seconds in ((16, 0.01), (16, 0.01), (5, 0.01), (32, 1.0), (32, 0.01), (64, 0.01)):
+        pace.took(images, seconds)
+    assert pace.batch_size == 128
+    pace.took(128, 0.01)
+    assert pace.batch_size == 128
+    given = _Pace(3)
+    given.took(3, 0.01)
+    assert given.batch_size == 3
 
 
 def test_labels_match_by_wnid_and_by_name_but_never_by_position(classifier, samples):

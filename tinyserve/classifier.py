@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import os
+import time
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,6 +22,12 @@ from tinyserve.modelfile import DEFAULT_MODEL, PRECISIONS, Label, ModelCard, fin
 
 _HELD = 128 * 2**20
 """Bytes of image files out of archives that all batches at work may hold, when they are full."""
+
+FIRST_BATCH, _LARGEST_BATCH = 16, 128
+"""Images of a batch, where no number is given."""
+
+_QUICK = 0.06
+"""Seconds; a batch that took less may be larger."""
 
 Source = str | os.PathLike[str] | bytes
 
@@ -120,20 +127,23 @@ class Classifier:
         return self.top(self.engine.run(image[None])[0], k)
 
     def classify_many(
-        self, inputs: Iterable[Input | str], k: int = 5, batch_size: int = 32
+        self, inputs: Iterable[Input | str], k: int = 5, batch_size: int | None = None
     ) -> Generator[Result, None, None]:
         """One :class:`Result` for every input, in order, while they come; memory stays constant.
 
         An unusable image gets a result that says so and leaves its neighbours alone. As many
-        batches as the engine has streams run at a time, while another is decoded.
+        batches as the engine has streams run at a time, while another is decoded. Unless
+        ``batch_size`` is given, batches begin with 16 images and grow to 128 as long as they are
+        quickly done.
         """
         items = (Input(item, None) if isinstance(item, str) else item for item in inputs)
         pending: deque[Future[list[Result]]] = deque()
         workers = self.engine.streams + 1
+        pace = _Pace(batch_size)
         with ThreadPoolExecutor(workers, thread_name_prefix="classify") as pool:
             try:
-                for batch in _batches(items, batch_size, _HELD // workers):
-                    pending.append(pool.submit(self._classify_batch, batch, k))
+                for batch in _batches(items, pace, _HELD // workers):
+                    pending.append(pool.submit(self._timed_batch, batch, k, pace))
                     # One batch more than are at work, so that no thread waits for the caller.
                     if len(pending) > workers:
                         yield from pending.popleft().result()
@@ -142,6 +152,12 @@ class Classifier:
             finally:
                 for future in pending:
                     future.cancel()
+
+    def _timed_batch(self, batch: Sequence[Input], k: int, pace: "_Pace") -> list[Result]:
+        start = time.perf_counter()
+        results = self._classify_batch(batch, k)
+        pace.took(len(batch), time.perf_counter() - start)
+        return results
 
     def _classify_batch(self, batch: Sequence[Input], k: int) -> list[Result]:
         size = self.card.image_size
@@ -213,14 +229,32 @@ def model_file(model: str, precision: str = "auto", device: str | None = None) -
     return find_model(model, preferred_precisions(device) if precision == "auto" else (precision,))
 
 
-def _batches(items: Iterator[Input], batch_size: int, most: int) -> Iterator[list[Input]]:
+class _Pace:
+    """How many images make a batch: as many as were asked for, or what suits the model.
+
+    On two cores a network that does thousands of images a second was a fifth faster in batches of
+    128 than of 32, between which its threads do little but change places; one that does a hundred
+    was a tenth faster in batches of 16, and its memory was half.
+    """
+
+    def __init__(self, batch_size: int | None) -> None:
+        self.batch_size = batch_size or FIRST_BATCH
+        self._most = 0 if batch_size else _LARGEST_BATCH
+
+    def took(self, images: int, seconds: float) -> None:
+        """Several threads may say so; of those with batches of one size only the first counts."""
+        if images == self.batch_size < self._most and seconds < _QUICK:
+            self.batch_size *= 2
+
+
+def _batches(items: Iterator[Input], pace: _Pace, most: int) -> Iterator[list[Input]]:
     """So many inputs at a time, fewer where they hold more than ``most`` bytes already."""
     batch: list[Input] = []
     held = 0
     for item in items:
         batch.append(item)
         held += item.in_memory
-        if len(batch) == batch_size or held > most:
+        if len(batch) >= pace.batch_size or held > most:
             yield batch
             batch, held = [], 0
     if batch:

@@ -46,7 +46,7 @@ class Job:
     device: str
     format: str
     k: int
-    batch_size: int
+    batch_size: int | None
     workers: int
     """Cores of a classifier, and the batches that it runs at a time."""
     self_test: bool

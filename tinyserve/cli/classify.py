@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 
-from tinyserve.classifier import Classifier, model_file
+from tinyserve.classifier import FIRST_BATCH, Classifier, model_file
 from tinyserve.cli.arguments import Commands, add_device, count, model_name, number, whole
 from tinyserve.cli.terminal import SOME_FAILED, progress
 from tinyserve.confidence import in_words, operating_point
@@ -26,8 +26,6 @@ from tinyserve.modelfile import DEFAULT_MODEL, PRECISIONS
 from tinyserve.output import FORMATS, format_of, open_rows
 from tinyserve.report import Summary, Tally
 from tinyserve.resume import Resumed
-
-_BATCH_SIZE = 32
 
 _FIRST = 10_000
 _FIRST_BYTES = 64 * 2**20
@@ -53,7 +51,7 @@ def add_to(commands: Commands) -> None:
     )
     add("-m", "--model", default=DEFAULT_MODEL, help="name or .onnx file (default: %(default)s)")
     add("-k", "--topk", type=count, default=5, help="predictions an image (default: 5)")
-    add("-b", "--batch-size", type=count, help=f"default: {_BATCH_SIZE}")
+    add("-b", "--batch-size", type=count, help="default: 16, growing to 128 for quick models")
     add_device(command)
     add(
         "--precision",
@@ -128,7 +126,7 @@ def classify(arguments: argparse.Namespace) -> int:
     listed = len(first)
     inputs = itertools.chain(_given_away(first), inputs)
     settings = _settings(arguments)
-    batches = math.ceil(listed / settings.batch_size)
+    batches = math.ceil(listed / (settings.batch_size or FIRST_BATCH))
     classifier = Classifier(
         arguments.model,
         precision=arguments.precision,
@@ -240,7 +238,7 @@ def _classify_with_ray(arguments: argparse.Namespace) -> int:
         device=arguments.device or os.environ.get("TINYSERVE_DEVICE") or "auto",
         format=arguments.format or "jsonl",
         k=arguments.topk,
-        batch_size=arguments.batch_size or _BATCH_SIZE,
+        batch_size=arguments.batch_size,
         workers=arguments.workers or 1,
         self_test=not arguments.no_self_test,
     )
@@ -291,7 +289,7 @@ def _conclude(arguments: argparse.Namespace, summary: Summary) -> int:
 class _Settings:
     device: str | None
     workers: int
-    batch_size: int
+    batch_size: int | None
 
 
 def _settings(arguments: argparse.Namespace) -> _Settings:
@@ -306,7 +304,7 @@ def _settings(arguments: argparse.Namespace) -> _Settings:
     return _Settings(
         device=device or (tuned.device if tuned else None),
         workers=arguments.workers or (tuned.workers if tuned else default_threads()),
-        batch_size=arguments.batch_size or (tuned.batch_size if tuned else _BATCH_SIZE),
+        batch_size=arguments.batch_size or (tuned.batch_size if tuned else None),
     )
 
 
