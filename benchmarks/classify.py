@@ -206,7 +206,7 @@ def ours_of(job: Job, arguments: argparse.Namespace) -> list[Contender]:
     best = max(found, key=lambda row: float(row["end_to_end"]))["settings"]
     # bench tries as many workers as classify has by default, and fewer.
     workers = max(row["settings"]["workers"] for row in found)
-    # Ours finds a batch size while it works: beside it, the session has its own best one.
+    # Ours finds a batch size while it works; the session has the best that bench tried.
     alone = [row for row in found if row["settings"]["workers"] == workers]
     batch_size = max(alone, key=lambda row: float(row["session"]))["settings"]["batch_size"]
     default = ("-j", str(workers), "-b", str(batch_size))

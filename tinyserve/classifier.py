@@ -23,11 +23,14 @@ from tinyserve.modelfile import DEFAULT_MODEL, PRECISIONS, Label, ModelCard, fin
 _HELD = 128 * 2**20
 """Bytes of image files out of archives that all batches at work may hold, when they are full."""
 
-FIRST_BATCH, _LARGEST_BATCH = 16, 128
-"""Images of a batch, where no number is given."""
+FIRST_BATCH = 16
+"""Images of the first batches, where no number is given."""
+
+LARGEST_BATCH = 128
+"""Images that such batches grow to, while they are quickly done."""
 
 _QUICK = 0.06
-"""Seconds; a batch that took less may be larger."""
+"""Seconds that a batch may take for the next ones to be larger."""
 
 Source = str | os.PathLike[str] | bytes
 
@@ -133,8 +136,8 @@ class Classifier:
 
         An unusable image gets a result that says so and leaves its neighbours alone. As many
         batches as the engine has streams run at a time, while another is decoded. Unless
-        ``batch_size`` is given, batches begin with 16 images and grow to 128 as long as they are
-        quickly done.
+        ``batch_size`` is given, batches grow from :data:`FIRST_BATCH` images to
+        :data:`LARGEST_BATCH`, as long as they are quickly done.
         """
         items = (Input(item, None) if isinstance(item, str) else item for item in inputs)
         pending: deque[Future[list[Result]]] = deque()
@@ -239,7 +242,7 @@ class _Pace:
 
     def __init__(self, batch_size: int | None) -> None:
         self.batch_size = batch_size or FIRST_BATCH
-        self._most = 0 if batch_size else _LARGEST_BATCH
+        self._most = 0 if batch_size else LARGEST_BATCH
 
     def took(self, images: int, seconds: float) -> None:
         """Several threads may say so; of those with batches of one size only the first counts."""

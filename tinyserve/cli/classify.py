@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 
-from tinyserve.classifier import FIRST_BATCH, Classifier, model_file
+from tinyserve.classifier import FIRST_BATCH, LARGEST_BATCH, Classifier, model_file
 from tinyserve.cli.arguments import Commands, add_device, count, model_name, number, whole
 from tinyserve.cli.terminal import SOME_FAILED, progress
 from tinyserve.confidence import in_words, operating_point
@@ -51,7 +51,8 @@ def add_to(commands: Commands) -> None:
     )
     add("-m", "--model", default=DEFAULT_MODEL, help="name or .onnx file (default: %(default)s)")
     add("-k", "--topk", type=count, default=5, help="predictions an image (default: 5)")
-    add("-b", "--batch-size", type=count, help="default: 16, growing to 128 for quick models")
+    growing = f"default: {FIRST_BATCH}, growing to {LARGEST_BATCH} for quick models"
+    add("-b", "--batch-size", type=count, help=growing)
     add_device(command)
     add(
         "--precision",
