@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from tinyserve import Classifier
-from tinyserve.classifier import _batches, _label_keys, _Pace, _ranks
+from tinyserve.classifier import _batches, _label_keys, _Pace, _ranks, likeliest
 from tinyserve.dataset import Input, find_inputs
 from tinyserve.errors import ImageError
 from tinyserve.members import Member
@@ -41,6 +41,16 @@ def test_an_unusable_image_raises(classifier, tmp_path):
 
 def test_asking_for_more_classes_than_there_are_gives_all(classifier, samples):
     assert len(classifier.classify(samples / "teapot" / "val_568.JPEG", k=1000)) == 200
+
+
+def test_of_equally_likely_classes_the_first_comes_first():
+    labels = [Label(wnid=None, name=name) for name in "abcd"]
+    rows = np.array([[0, 0.5, 0, 0.5], [0.25] * 4, [0.1, 0.2, 0.3, 0.4]], np.float32)
+    before = rows.copy()
+    names = ["".join(p.name for p in row) for row in likeliest(rows, labels, 3)]
+    assert names == ["bda", "abc", "dcb"]
+    assert np.array_equal(rows, before)
+    assert likeliest(rows[:0], labels, 3) == []
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 32, 64])

@@ -211,8 +211,12 @@ def likeliest(
 ) -> list[tuple[Prediction, ...]]:
     """Of each row of probabilities, float32 ``[N, classes]``, the ``k`` likeliest classes, best
     first; of equal ones the first."""
-    # For all rows at once: a call of NumPy costs more than to sort a row.
-    best = np.argsort(-rows, axis=1, kind="stable")[:, :k]
+    # For all rows at once, a place after the other: of a few places that takes less than to sort.
+    rest, each = rows.copy(), np.arange(len(rows))
+    best = np.empty((len(rows), min(k, rows.shape[1])), np.intp)
+    for place in range(best.shape[1]):
+        best[:, place] = rest.argmax(axis=1)
+        rest[each, best[:, place]] = -np.inf
     probabilities = np.take_along_axis(rows, best, axis=1)
     return [
         tuple(
