@@ -7,6 +7,7 @@ about every whole image: see :class:`Teacher` and :func:`kept_answers`.
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -127,6 +128,8 @@ def kept_answers(sources: Sequence[Source], dataset: data.Dataset, temperature: 
     asked.update(json.dumps([*(source.name for source in sources), temperature]).encode())
     path = data.cache_folder(dataset.root) / f"answers-{asked.hexdigest()[:16]}.npy"
     if not path.exists():
+        names = " and ".join(source.name.rsplit(" ", 1)[0] for source in sources)
+        print(f"asking {names} once about {len(images):,} images", file=sys.stderr)
         partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
         try:
             with partial.open("wb") as file:

@@ -138,15 +138,17 @@ def test_answers_are_those_of_the_served_networks_at_a_temperature(
     assert expected.std(dim=0).max() > 0.01
 
 
-def test_answers_are_kept_for_the_same_question_alone(small_weights, dataset, answers_of):
+def test_answers_are_kept_for_the_same_question_alone(small_weights, dataset, answers_of, capsys):
     first, second = (colour_weights(small_weights, seed) for seed in (1, 2))
-    answers = answers_of(first, name="one")
+    answers = answers_of(first, name="one 8c")
+    assert "asking one once about 6 images\n" in capsys.readouterr().err
     # The name is what identifies a teacher: under the same one nobody is asked again.
-    assert torch.equal(answers_of(second, name="one"), answers)
+    assert torch.equal(answers_of(second, name="one 8c"), answers)
+    assert "asking" not in capsys.readouterr().err
     assert not torch.allclose(answers_of(second), answers, atol=0.01)
-    assert not torch.equal(answers_of(first, name="one", temperature=1.0), answers)
+    assert not torch.equal(answers_of(first, name="one 8c", temperature=1.0), answers)
     turned = data.Split(dataset.train.images[::-1].copy(), dataset.train.labels)
-    other = answers_of(first, name="one", dataset=dataclasses.replace(dataset, train=turned))
+    other = answers_of(first, name="one 8c", dataset=dataclasses.replace(dataset, train=turned))
     assert torch.allclose(other.flip(0), answers, atol=1e-3)
     assert not list(dataset.root.rglob("*.partial"))
 
