@@ -52,12 +52,12 @@ def test_all_images_that_were_begun_count(monkeypatch, streams):
 
 @pytest.mark.slow
 def test_the_fastest_settings_are_measured_and_used(tinyserve, model, samples, tmp_path):
-    settings = ("--device", "cpu", "-j", 1, "-j", 2, "-b", 1, 16, "--seconds", 0.1)
+    settings = ("--device", "cpu", "-j", 1, "-j", 2, "-b", 256, 1, "--seconds", 0.1)
     run = tinyserve("bench", "-m", model, *settings, "--json")
     assert run.returncode == 0, run.stderr
     found = json.loads(run.stdout)
     assert [(row["settings"]["workers"], row["settings"]["batch_size"]) for row in found] == [
-        (1, 1), (1, 16), (2, 1), (2, 16)
+        (1, 1), (1, 256), (2, 1), (2, 256)
     ]  # fmt: skip
     for row in found:
         assert row["provider"] == "CPUExecutionProvider"
@@ -65,6 +65,8 @@ def test_the_fastest_settings_are_measured_and_used(tinyserve, model, samples, t
         assert 0 < row["p50_ms"] <= row["p99_ms"]
         assert row["p50_ms"] < 1000 * row["cold_start"]
         assert 50e6 < row["peak_bytes"] < 2e9
+    for small, large in (found[:2], found[2:]):
+        assert large["peak_bytes"] > small["peak_bytes"] + 2**20
     (kept,) = json.loads((tmp_path / "cache" / "tinyserve" / "tuned.json").read_text()).values()
     assert kept == max(found, key=lambda row: row["end_to_end"])["settings"]
     assert str(tmp_path / "cache") in run.stderr

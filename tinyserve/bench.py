@@ -50,7 +50,8 @@ class Measurement:
     Speeds are in images a second: of the model alone, fed from memory, and end to end, from image
     files to results. ``p50_ms`` and ``p99_ms`` are of one image at a time, fed from memory, by one
     caller. ``cold_start`` is the seconds from the start of a process to its first answer,
-    ``peak_bytes`` its largest memory; None where the system does not tell.
+    ``peak_bytes`` its largest memory up to then, smaller batches come first; None where the system
+    does not tell.
     """
 
     file: str
@@ -71,9 +72,9 @@ def measure(
     *,
     seconds: float,
 ) -> Iterator[Measurement]:
-    """Each model file with its device in all combinations of the other settings, a batch size
-    after the other; each figure takes about so many ``seconds``. What a model file or a device
-    raises comes through."""
+    """Each model file with its device in all combinations of the other settings, small batches
+    first; each figure takes about so many ``seconds``. What a model file or a device raises comes
+    through."""
     with tempfile.TemporaryDirectory(prefix="tinyserve-bench-") as folder:
         for (file, device), count in itertools.product(files, workers):
             # Not forked: a process that starts from nothing is what a cold start is.
@@ -105,10 +106,10 @@ def _measure(
             size,
             _session(classifier, pixels, size, seconds),
             _files(classifier, paths, size, seconds),
+            peak_resident_bytes(),
         )
-        for size in batch_sizes
+        for size in sorted(batch_sizes)
     ]
-    peak = peak_resident_bytes()
     return [
         Measurement(
             file=str(file),
@@ -121,7 +122,7 @@ def _measure(
             cold_start=cold_start,
             peak_bytes=peak,
         )
-        for size, session, end_to_end in speeds
+        for size, session, end_to_end, peak in speeds
     ]
 
 

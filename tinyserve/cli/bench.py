@@ -51,9 +51,9 @@ def add_to(commands: Commands) -> None:
         "--batch-size",
         nargs="+",
         type=count,
-        default=[1, 8, 32, 64],
+        default=[1, 16, 32, 64],
         metavar="N",
-        help="default: 1 8 32 64",
+        help="default: 1 16 32 64",
     )
     add("--seconds", type=positive, default=1.0, help="for each figure (default: %(default)s)")
     add_json(command)
