@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from tinyserve import bench
@@ -48,6 +49,12 @@ def test_all_images_that_were_begun_count(monkeypatch, streams):
     monkeypatch.setattr(bench.time, "perf_counter", lambda: now)
     stub = SimpleNamespace(engine=SimpleNamespace(streams=streams), classify_many=classify_many)
     assert bench._files(stub, ["a", "b", "c"], 4, seconds=1.05) == pytest.approx(40)
+
+
+def test_a_stream_that_starts_late_runs_once():
+    engine = SimpleNamespace(streams=2, run=lambda _: None)
+    pixels = np.zeros((3, 8, 8, 3), np.uint8)
+    assert bench._session(SimpleNamespace(engine=engine), pixels, 4, seconds=0) > 0
 
 
 @pytest.mark.slow

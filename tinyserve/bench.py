@@ -169,7 +169,8 @@ def _session(
     done = [0] * engine.streams
 
     def work(place: int) -> None:
-        while time.perf_counter() < began + seconds:
+        # Once at least: on a busy machine a thread may start when the time is over.
+        while not done[place] or time.perf_counter() < began + seconds:
             engine.run(batch)
             done[place] += batch_size
 
