@@ -43,7 +43,7 @@ from training.hardware import PRECISIONS
 from training.models import ARCHS, count_parameters
 from training.recipes import RECIPES, SMALLEST_IMAGE, Recipe
 from training.records import RESULT, SINGLE, TEN
-from training.run import Config, Row, Run, commit
+from training.run import Config, Row, Run
 from training.trainer import Trainer
 
 LARGEST_IMAGE = 1024
@@ -319,7 +319,7 @@ def _finish(
             epochs=recipe.epochs,
             seed=config.seed,
             precision=config.precision,
-            commit=commit(),
+            commit=run.commit,
             val_images=len(dataset.val),
             val_top1=math.nan,
             val_top5=math.nan,

@@ -54,7 +54,8 @@ class Config:
 class Run:
     """A run's folder, opened for training.
 
-    ``saved`` is the checkpoint to go on from, None for a new run. Raises
+    ``saved`` is the checkpoint to go on from, None for a new run; ``commit`` the commit of this
+    checkout when the run was new, None where it is not known. Raises
     :class:`~tinyserve.errors.UsageError` where the folder holds another run, and
     :class:`~tinyserve.errors.CheckpointError` where its checkpoint cannot be read.
 
@@ -82,6 +83,7 @@ class Run:
         self.saved = checkpoint.load(path) if resume and not killed_early else None
         if self.saved is not None:
             self._check_identity(self.saved)
+            self.commit: str | None = self.saved.get("commit")
             return
         if workers.first and path.exists():
             raise UsageError(
@@ -93,19 +95,25 @@ class Run:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UsageError(f"cannot make the folder {folder}: {error.strerror}") from error
+        environment = _environment()
+        # Asked for once: the checkout may be another one by the time the run ends.
+        self.commit = environment["commit"]
         self.write_json(
             CONFIG,
             {
                 **self._identity,
                 "data": str(dataset.root.resolve()),
-                "environment": {**_environment(), "processes": workers.count},
+                "environment": {**environment, "processes": workers.count},
             },
         )
 
     def save_checkpoint(self, state: dict[str, Any]) -> None:
         """Replace the checkpoint, in one step."""
         if self._writes:
-            checkpoint.save(self.folder / checkpoint.CHECKPOINT, {**self._identity, **state})
+            checkpoint.save(
+                self.folder / checkpoint.CHECKPOINT,
+                {**self._identity, "commit": self.commit, **state},
+            )
 
     def save_weights(self, weights: checkpoint.Weights) -> None:
         if self._writes:
@@ -153,7 +161,7 @@ def _differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") 
     return sorted(found)
 
 
-def commit() -> str | None:
+def _commit() -> str | None:
     """The commit of this checkout, followed by "+" if files differ from it; None outside of git."""
     command = ["git", "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"]
     try:
@@ -169,7 +177,7 @@ def _environment() -> dict[str, Any]:
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "commit": commit(),
+        "commit": _commit(),
         "machine": platform.machine(),
         "cpu": hardware.cpu_model(),
         "cpus": usable_cores(),

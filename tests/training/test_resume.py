@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from training import checkpoint, fit
+from training import checkpoint, fit, run
 
 Moment = Callable[[str], bool]
 """Whether a line of a run's stderr is the one to wait for."""
@@ -286,6 +286,21 @@ def test_a_run_in_slices_ends_with_the_same_weights_to_the_bit(
     assert_identical(found.state, expected.state)
     assert found.training == expected.training
     assert untimed_history(sliced.folder) == untimed_history(finished.folder)
+
+
+@pytest.mark.slow
+def test_the_weights_name_the_commit_that_their_run_began_with(
+    fit_arguments, tmp_path, monkeypatch
+):
+    arguments = [*fit_arguments, "--out", str(tmp_path)]
+    # Another commit every time it is asked for, as of a checkout that is worked on meanwhile.
+    commits = iter(["a1a1a1", "b2b2b2", "c3c3c3", "d4d4d4"])
+    monkeypatch.setattr(run, "_commit", lambda: next(commits))
+    assert run_here([*arguments, "--time-limit", "0"]).exit == 0
+    assert run_here([*arguments, "--resume"]).exit == 0
+    recorded = json.loads((tmp_path / "config.json").read_text())["environment"]["commit"]
+    assert recorded == "a1a1a1"
+    assert checkpoint.load_weights(tmp_path).training.commit == recorded
 
 
 # A full disk
