@@ -55,14 +55,14 @@ def test_every_run_of_the_paper_is_made_kept_and_reported(photos, tmp_path):
 def test_a_teacher_whose_weights_are_gone_is_named(tmp_path):
     script = ROOT / "benchmarks" / "train_all.sh"
     for name in re.findall(r"train (ablation-\S+)", script.read_text()):
-        if name != "ablation-distilled":
+        if name != "ablation-fp32-distilled":
             (tmp_path / "records" / name).mkdir(parents=True)
             (tmp_path / "records" / name / "result.json").touch()
     places = {"RUNS": str(tmp_path / "runs"), "RECORDS": str(tmp_path / "records")}
     found = run([script, "ablation"], **places, PYTHON="false")
     assert found.returncode == 1
-    teacher = tmp_path / "runs" / "ablation-base"
-    assert f"ablation-distilled learns from {teacher}, whose weights are gone" in found.stderr
+    teacher = tmp_path / "runs" / "ablation-fp32-base"
+    assert f"ablation-fp32-distilled learns from {teacher}, whose weights are gone" in found.stderr
 
 
 def test_runs_with_arguments_of_ones_own_are_kept_apart(tmp_path):
