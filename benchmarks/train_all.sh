@@ -114,6 +114,7 @@ ablation() {
     # The network that learns most in minutes.
     base+=(--arch baseline --epochs 12 --lr 0.2 --precision fp32)
     train ablation-baseline-base "${base[@]}"
+    train ablation-baseline-seed1 "${base[@]}" --seed 1
     train ablation-baseline-no-warmup "${base[@]}" --set warmup=0
     train ablation-baseline-no-averaging "${base[@]}" --set ema=null
     train ablation-baseline-no-smoothing "${base[@]}" --set label_smoothing=0
