@@ -42,6 +42,7 @@ import onnxruntime as ort
 
 from tinyserve.devices import default_threads, device_name
 from tinyserve.engine import Engine
+from tinyserve.errors import first_line
 from tinyserve.modelfile import INPUT_NAME, ModelCard, write_model
 from tinyserve.onnxruntime_session import execution_providers, session_options
 
@@ -100,8 +101,7 @@ def runs(contender: Contender) -> bool:
         for _ in range(3):
             contender.run(contender.images)
     except Exception as error:
-        said = str(error).strip().partition("\n")[0]
-        print(f"{contender.name.strip()} is left out: {said}", file=sys.stderr)
+        print(f"{contender.name.strip()} is left out: {first_line(error)}", file=sys.stderr)
         return False
     return True
 

@@ -10,10 +10,11 @@ from tinyserve import images
 from tinyserve.adopt import made_up_images, read_labels
 from tinyserve.classifier import Classifier
 from tinyserve.cli import main
-from tinyserve.engine import read_card
+from tinyserve.engine import Engine, read_card
 from tinyserve.modelfile import Label
 
 torch = pytest.importorskip("torch")
+onnx = pytest.importorskip("onnx")
 ort = pytest.importorskip("onnxruntime")
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -139,6 +140,127 @@ def test_answers_in_half_precision_are_taken(labels, tmp_path, softmax):
     rows = Classifier(str(output), device="cpu").engine.run(made_up_images(3, 32))
     assert rows.dtype == np.float32
     assert np.allclose(rows.sum(axis=1), 1, atol=1e-3)
+
+
+def save(
+    path: Path,
+    *last: tuple[str, list[str], str],
+    classes: int = 3,
+    batch: str | int = "n",
+    given: str | int = 3,
+    ir_version: int = 8,
+    inside: dict[str, int] | None = None,
+) -> Path:
+    """A network by ONNX's own means that ends in the nodes ``last``: type, inputs, output.
+
+    ``batch``, ``given`` and ``inside`` are what it says of its shapes.
+    """
+    make, floats = onnx.helper.make_tensor_value_info, onnx.TensorProto.FLOAT
+    numbers = np.random.default_rng(0).normal(size=(3, classes)).astype(np.float32)
+    weights = onnx.numpy_helper.from_array(numbers, "weights")
+    takes = [make("x", floats, [batch, 3, 32, 32])]
+    if ir_version < 4:
+        takes.append(make("weights", floats, weights.dims))
+    nodes = [
+        ("GlobalAveragePool", ["x"], "pooled"),
+        ("Flatten", ["pooled"], "flat"),
+        ("MatMul", ["flat", "weights"], "logits" if last else "y"),
+        *last,
+    ]
+    graph = onnx.helper.make_graph(
+        [onnx.helper.make_node(kind, inputs, [output]) for kind, inputs, output in nodes],
+        "network",
+        takes,
+        [make("y", floats, ["n", given])],
+        [weights],
+        value_info=[make(name, floats, ["n", size]) for name, size in (inside or {}).items()],
+    )
+    opset = [onnx.helper.make_opsetid("", 13)]
+    onnx.save(onnx.helper.make_model(graph, opset_imports=opset, ir_version=ir_version), path)
+    return path
+
+
+def answers(source: Path, pictures: np.ndarray) -> np.ndarray:
+    planes = ((pictures / 255 - MEAN) / STD).transpose(0, 3, 1, 2).astype(np.float32)
+    session = ort.InferenceSession(source, providers=["CPUExecutionProvider"])
+    return session.run(None, {"x": planes})[0]
+
+
+def test_probabilities_in_8_bits_are_taken_as_they_are(labels, tmp_path):
+    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, quantize_static
+
+    class Noise(CalibrationDataReader):
+        def __init__(self) -> None:
+            generator = np.random.default_rng(0)
+            self.left = iter([generator.normal(size=(1, 3, 32, 32)) * k for k in (0.1, 9)])
+
+        def get_next(self):
+            noise = next(self.left, None)
+            return None if noise is None else {"x": noise.astype(np.float32)}
+
+    source, output = tmp_path / "int8.onnx", tmp_path / "out.onnx"
+    softmax = save(tmp_path / "fp32.onnx", ("Softmax", ["logits"], "y"))
+    quantize_static(softmax, source, Noise(), quant_format=QuantFormat.QDQ)
+    pictures = made_up_images(8, 32)
+    expected = answers(source, pictures)
+    assert np.abs(expected.sum(axis=1) - 1).max() > 1e-3
+    assert adopt(source, output, labels, size=32) == 0
+    found = Classifier(str(output), device="cpu").engine.run(pictures)
+    assert np.allclose(found, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"batch": -1}, {"ir_version": 3}, {"inside": {"flat": 7}}],
+    ids=["a batch of -1", "weights that are inputs", "untrue shapes inside"],
+)
+def test_what_runs_is_adopted(labels, tmp_path, changes):
+    source, output = save(tmp_path / "odd.onnx", **changes), tmp_path / "out.onnx"
+    assert adopt(source, output, labels, size=32) == 0
+    pictures = made_up_images(3, 32)
+    expected = np.exp(answers(source, pictures))
+    expected /= expected.sum(axis=1, keepdims=True)
+    assert np.allclose(
+        Classifier(str(output), device="cpu").engine.run(pictures), expected, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize(
+    ("last", "changes", "words"),
+    [
+        ([("Sigmoid", ["logits"], "y")], {}, "whose sum is not 1"),
+        ([("Sqrt", ["logits"], "y")], {}, "not finite"),
+        ([], {"classes": 5, "given": "classes"}, "gives 8 x 5, but there are 3 labels"),
+    ],
+)
+def test_answers_that_are_none_are_refused(labels, tmp_path, capsys, last, changes, words):
+    source = save(tmp_path / "odd.onnx", *last, **changes)
+    assert adopt(source, tmp_path / "out.onnx", labels, size=32) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert words in line
+    assert not list(tmp_path.glob("*out.onnx*"))
+
+
+def test_one_wrong_answer_among_many_is_seen(labels, tmp_path, capsys, monkeypatch):
+    run = Engine.run
+
+    def spoiled(self, pictures):
+        rows = run(self, pictures).copy()
+        rows[7:] = np.nan
+        return rows
+
+    monkeypatch.setattr(Engine, "run", spoiled)
+    source = save(tmp_path / "good.onnx")
+    assert adopt(source, tmp_path / "out.onnx", labels, size=32) == 4
+    assert "differs by nan" in capsys.readouterr().err
+    assert not list(tmp_path.glob("*out.onnx*"))
+
+
+def test_a_folder_is_not_written_over(labels, tmp_path, capsys):
+    source = save(tmp_path / "good.onnx")
+    for output in (tmp_path, Path()):
+        assert adopt(source, output, labels, size=32) == 2
+        assert f"cannot write {output}: it is a folder" in capsys.readouterr().err
 
 
 def test_a_deviation_of_nothing_is_refused(labels, tmp_path, capsys):

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from tinyserve.devices import CPU
 from tinyserve.engine import Engine
-from tinyserve.errors import GateError, ModelFileError, UsageError
+from tinyserve.errors import GateError, ModelFileError, UsageError, first_line
 from tinyserve.modelfile import (
     INPUT_NAME,
     OUTPUT_NAME,
@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 BATCHES = (1, 3, 8)
 MAX_DIFFERENCE = 1e-4
 GOLDEN_TOLERANCE = 1e-2
+SUM_TOLERANCE = 0.05
+"""By which the sum of a row of probabilities may differ from 1: in 8 bits each is a multiple of
+1/256."""
 
 _PREFIX = "adopted/"
 
@@ -50,21 +53,33 @@ def adopt(
 
     ``source`` takes one float ``[batch, 3, size, size]``, RGB, normalised with ``mean`` and ``std``
     in units of 0..1, and gives logits or probabilities ``[batch, len(labels)]``. Raises
-    :class:`~tinyserve.errors.ModelFileError` for anything else, and
+    :class:`~tinyserve.errors.ModelFileError` for anything else,
+    :class:`~tinyserve.errors.UsageError` where ``output`` cannot be written, and
     :class:`~tinyserve.errors.GateError`, leaving no file behind, where the new file does not
     compute what the old one does.
     """
+    if not output.name or output.is_dir():
+        raise UsageError(f"cannot write {output}: it is a folder")
     onnx = _onnx()
     model = _load(onnx, source)
     taken, given = _only_input_and_output(model, source)
     _check_shapes(taken, given, labels, size, source)
     images = made_up_images(max(BATCHES), size)
     reference = _reference(model, taken.name, images, mean, std, source)
-    softmax = not _are_probabilities(reference)
+    if reference.shape != (len(images), len(labels)):  # the graph need not say it
+        raise _wrong_shape(source, reference.shape, labels)
+    softmax = not _are_probabilities(reference, source)
     if softmax:
         exponentials = np.exp(reference - reference.max(axis=1, keepdims=True))
         reference = exponentials / exponentials.sum(axis=1, keepdims=True)
-    graph = _wrapped(onnx, model, mean, std, size, len(labels), softmax=softmax)
+    if not np.isfinite(reference).all():
+        raise ModelFileError(f"{source} gives numbers that are not finite")
+    try:
+        graph = _wrapped(onnx, model, mean, std, size, len(labels), softmax=softmax)
+    except Exception as error:  # protobuf and ONNX raise almost anything
+        raise ModelFileError(
+            f"{source} runs, but is no valid ONNX model with preprocessing ({first_line(error)})"
+        ) from error
     card = ModelCard(
         architecture=source.stem,
         precision=_precision(onnx, model),
@@ -80,8 +95,9 @@ def adopt(
             write_model(path, graph, card)
             engine = Engine(path, device="cpu")
             answers = {batch: engine.run(images[:batch]) for batch in BATCHES}
-            difference = max(
-                float(np.abs(rows - reference[:batch]).max()) for batch, rows in answers.items()
+            # NumPy's maximum, which is NaN where one of them is.
+            difference = float(
+                np.max([np.abs(rows - reference[:batch]).max() for batch, rows in answers.items()])
             )
             agreement = float((answers[max(BATCHES)].argmax(1) == reference.argmax(1)).mean())
             if not difference <= MAX_DIFFERENCE:
@@ -156,8 +172,9 @@ def _load(package: Any, source: Path) -> "onnx.ModelProto":
         model: onnx.ModelProto = package.load(source)  # external data, too
         package.checker.check_model(model)
     except Exception as error:  # protobuf and ONNX raise almost anything
-        words = str(error).strip().partition("\n")[0]
-        raise ModelFileError(f"{source} is no ONNX model, or damaged ({words})") from error
+        raise ModelFileError(
+            f"{source} is no ONNX model, or damaged ({first_line(error)})"
+        ) from error
     opset = max((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), default=0)
     if opset < 13:
         raise ModelFileError(f"{source} is of opset {opset}: export it again with 13 or later")
@@ -200,14 +217,19 @@ def _check_shapes(
         raise ModelFileError(f"{source} does not take single-precision numbers")
     classes = _shape(given)
     if len(classes) != 2 or (classes[1] is not None and classes[1] != len(labels)):
-        raise ModelFileError(
-            f"{source} gives {_words(classes)}, but there are {len(labels):,} labels"
-        )
+        raise _wrong_shape(source, classes, labels)
+
+
+def _wrong_shape(
+    source: Path, shape: Sequence[int | None], labels: Sequence[Label]
+) -> ModelFileError:
+    return ModelFileError(f"{source} gives {_words(shape)}, but there are {len(labels):,} labels")
 
 
 def _shape(value: "onnx.ValueInfoProto") -> list[int | None]:
+    """None for what is given by name, or as 0 or -1, which some exporters write for any size."""
     dims = value.type.tensor_type.shape.dim
-    return [dim.dim_value if dim.HasField("dim_value") else None for dim in dims]
+    return [dim.dim_value if dim.dim_value > 0 else None for dim in dims]
 
 
 def _words(shape: Sequence[int | None]) -> str:
@@ -229,13 +251,20 @@ def _reference(
         session = ort.InferenceSession(model.SerializeToString(), providers=[CPU])
         (rows,) = session.run(None, {name: planes})
     except Exception as error:  # ONNX Runtime's errors share no base class
-        words = str(error).strip().partition("\n")[0]
-        raise ModelFileError(f"{source} does not run: {words}") from error
+        raise ModelFileError(f"{source} does not run: {first_line(error)}") from error
     return np.asarray(rows, dtype=np.float32)
 
 
-def _are_probabilities(rows: NDArray[np.float32]) -> bool:
-    return bool((rows >= 0).all() and np.allclose(rows.sum(axis=1), 1, atol=1e-3))
+def _are_probabilities(rows: NDArray[np.float32], source: Path) -> bool:
+    """Whether they are, and not logits."""
+    if not ((rows >= 0) & (rows <= 1 + SUM_TOLERANCE)).all():
+        return False
+    if not np.allclose(rows.sum(axis=1), 1, rtol=0, atol=SUM_TOLERANCE):
+        raise ModelFileError(
+            f"{source} gives numbers from 0 to 1 whose sum is not 1, which are neither "
+            "probabilities of one class nor logits: export it without its last layer"
+        )
+    return True
 
 
 def _wrapped(
@@ -251,6 +280,8 @@ def _wrapped(
     """The graph from uint8 images to probabilities, serialized."""
     # Whatever its tensors are called, they do not collide with ours.
     inner = onnx.compose.add_prefix(model, _PREFIX)
+    # Before version 4 every initializer had to be an input, too, and ours are none.
+    inner.ir_version = max(inner.ir_version, 4)
     taken, given = _only_input_and_output(inner, Path())
     node, floats = onnx.helper.make_node, onnx.TensorProto.FLOAT
     graph = inner.graph
@@ -272,7 +303,8 @@ def _wrapped(
     ]
     nodes = [*before, *graph.node, *after]
     weights = [value for value in graph.input if value.name != taken.name]
-    for field in ("node", "input", "output"):
+    # What is written of the shapes inside need not be true: ONNX Runtime goes by its own.
+    for field in ("node", "input", "output", "value_info"):
         graph.ClearField(field)
     graph.node.extend(nodes)
     value = onnx.helper.make_tensor_value_info

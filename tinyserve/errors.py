@@ -73,6 +73,11 @@ class DeviceError(TinyserveError):
     exit_code = 5
 
 
+def first_line(error: BaseException) -> str:
+    """What an error of other software says, without the stack that some add to it."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
 def describe_os_error(error: OSError) -> str:
     """What the system says, and of which file where it knows."""
     where = f"{error.filename}: " if error.filename else ""
