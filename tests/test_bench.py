@@ -3,8 +3,10 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,6 +14,7 @@ import numpy as np
 import pytest
 
 from tinyserve import bench
+from tinyserve.errors import DeviceError
 from tinyserve.modelfile import find_model
 
 
@@ -55,6 +58,58 @@ def test_a_stream_that_starts_late_runs_once():
     engine = SimpleNamespace(streams=2, run=lambda _: None)
     pixels = np.zeros((3, 8, 8, 3), np.uint8)
     assert bench._session(SimpleNamespace(engine=engine), pixels, 4, seconds=0) > 0
+
+
+def test_what_goes_wrong_in_a_stream_is_not_a_speed_of_nothing():
+    def run(_):
+        raise DeviceError("gone")
+
+    # The first call, which warms up, is still well.
+    calls = iter([lambda _: None, run, run])
+    engine = SimpleNamespace(streams=2, run=lambda batch: next(calls)(batch))
+    pixels = np.zeros((3, 8, 8, 3), np.uint8)
+    with pytest.raises(DeviceError, match="gone"):
+        bench._session(SimpleNamespace(engine=engine), pixels, 4, seconds=0)
+
+
+@pytest.mark.slow
+def test_every_installed_file_is_measured(tinyserve, tmp_path, monkeypatch):
+    for name in ("baseline.onnx", "baseline.int8.onnx"):  # as if of fp32, and in 8 bits
+        shutil.copy(find_model("baseline", ("int8",)), tmp_path / name)
+    monkeypatch.setenv("TINYSERVE_MODELS", str(tmp_path))
+    run = tinyserve("bench", "--device", "cpu", "-j", 1, "-b", 1, "--seconds", 0.02, "--json")
+    files = [Path(row["file"]).name for row in json.loads(run.stdout)]
+    assert files == ["baseline.int8.onnx", "baseline.onnx"]
+
+
+@pytest.mark.slow
+def test_batches_that_no_memory_holds_are_one_line(tinyserve, model):
+    run = tinyserve("bench", "-m", model, "-j", 1, "-b", 10**14, "--seconds", 0.01)
+    assert (run.returncode, run.stdout) == (2, "")
+    (line,) = run.stderr.splitlines()
+    assert f"{model} with 1 workers and batches of up to 100,000,000,000,000 ended early" in line
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="processes are found in /proc")
+def test_a_measuring_process_that_is_killed_is_one_line(model, tmp_path):
+    command = [sys.executable, "-m", "tinyserve.cli", "bench", "-m", model, "-j", "1"]
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    with subprocess.Popen(
+        [*command, "--seconds", "60"], stderr=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        measuring = None
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        end = time.monotonic() + 60
+        while measuring is None and time.monotonic() < end:
+            for child in children.read_text().split():
+                if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes():
+                    measuring = int(child)
+            time.sleep(0.05)
+        os.kill(measuring, signal.SIGKILL)
+        (line,) = process.communicate(timeout=60)[1].splitlines()
+    assert process.returncode == 2
+    assert "ended early" in line
 
 
 @pytest.mark.slow

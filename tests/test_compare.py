@@ -47,9 +47,16 @@ def test_images_that_cannot_be_read_are_counted_and_left_out(models, samples, tm
     assert (found.images, found.unreadable) == (2, 1)
 
 
+def test_where_none_can_be_read_that_is_said(models, tmp_path):
+    (tmp_path / "goldfish").mkdir()
+    (tmp_path / "goldfish" / "broken.jpg").write_bytes(b"no picture")
+    with pytest.raises(DataError, match="none of the 1 labelled images can be read"):
+        comparison.compare(*models, list(find_inputs([str(tmp_path)])))
+
+
 def test_without_labelled_images_there_is_nothing_to_compare(models, samples):
     picture = str(next((samples / "goldfish").iterdir()))
-    with pytest.raises(DataError):
+    with pytest.raises(DataError, match="no image is labelled"):
         comparison.compare(*models, [Input(picture, None), Input(picture, "no such class")])
 
 

@@ -21,6 +21,23 @@ pytestmark = pytest.mark.skipif(openvino_problem() is not None, reason=str(openv
 no_gpu = pytest.mark.skipif(cuda_problem() is None, reason="auto is CUDA here")
 
 
+def test_threads_that_import_it_at_once_do_not_meet():
+    script = """if True:
+        import sys, threading
+        from tinyserve.devices import import_openvino
+        start, found = threading.Barrier(8), []
+        def work():
+            start.wait()
+            found.append(import_openvino().__name__)
+        threads = [threading.Thread(target=work) for _ in range(8)]
+        [thread.start() for thread in threads]
+        [thread.join() for thread in threads]
+        print(found.count("openvino"), "openvino_telemetry" in sys.modules)
+    """
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert run.stdout.split() == ["8", "False"], run.stderr
+
+
 @pytest.fixture(scope="module")
 def pictures(samples) -> np.ndarray:
     """All 40 samples, uint8 [40, 64, 64, 3]."""

@@ -1,6 +1,7 @@
 """Images behind URIs; a file system that any machine has stands for the others."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -53,6 +54,14 @@ def test_what_cannot_be_read_is_a_row_or_one_line(tmp_path):
         with pytest.raises(error, match=words) as raised:
             find_inputs([uri])
         assert "\n" not in str(raised.value)
+
+
+def test_names_that_pyarrow_cannot_read_are_one_line(tmp_path):
+    (tmp_path / "good.jpg").touch()
+    Path(os.fsdecode(bytes(tmp_path) + b"/b\xff.jpg")).touch()
+    with pytest.raises(DataError, match=r"cannot list .*utf-8") as raised:
+        find_inputs([tmp_path.as_uri()])
+    assert "\n" not in str(raised.value)
 
 
 def test_too_large_is_not_read_to_its_end(tmp_path, monkeypatch):

@@ -60,6 +60,24 @@ def test_what_is_there_is_not_overwritten(repository, capsys):
     assert {path: path.stat().st_mtime_ns for path in repository.rglob("*")} == before
 
 
+def test_where_one_is_there_already_none_is_written(tmp_path, capsys):
+    (tmp_path / "resnet20").mkdir()
+    assert main(["triton", str(tmp_path), "-m", "inception", "-m", "resnet20"]) == 2
+    assert f"{tmp_path / 'resnet20'} is there already" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["resnet20"]
+
+
+def test_a_file_that_was_changed_is_not_handed_on(tmp_path, capsys):
+    content = bytearray(find_model("inception").read_bytes())
+    middle = len(content) // 3
+    content[middle : middle + 100] = bytes(100)
+    changed = tmp_path / "changed.onnx"
+    changed.write_bytes(content)
+    assert main(["triton", str(tmp_path / "models"), "-m", str(changed)]) == 4
+    assert "its graph was changed" in capsys.readouterr().err
+    assert not (tmp_path / "models").exists()
+
+
 def test_of_two_models_of_one_name_none_is_lost(tmp_path, capsys):
     model = str(find_model("inception"))
     assert main(["triton", str(tmp_path / "models"), "-m", f"{model},{model}"]) == 2

@@ -8,10 +8,10 @@ import dataclasses
 import itertools
 import logging
 import tempfile
-import threading
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -74,14 +74,22 @@ def measure(
 ) -> Iterator[Measurement]:
     """Each model file with its device in all combinations of the other settings, small batches
     first; each figure takes about so many ``seconds``. What a model file or a device raises comes
-    through."""
+    through; :class:`~tinyserve.errors.UsageError` is for settings that take more memory than there
+    is."""
     with tempfile.TemporaryDirectory(prefix="tinyserve-bench-") as folder:
         for (file, device), count in itertools.product(files, workers):
             # Not forked: a process that starts from nothing is what a cold start is.
             with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
-                yield from process.submit(
+                measured = process.submit(
                     _measure, file, device, count, batch_sizes, seconds, folder, time.time()
-                ).result()
+                )
+                try:
+                    yield from measured.result()
+                except (BrokenProcessPool, MemoryError) as error:
+                    raise UsageError(
+                        f"measuring {file} with {count} workers and batches of up to "
+                        f"{max(batch_sizes):,} ended early, probably for want of memory: try less"
+                    ) from error
 
 
 def _measure(
@@ -166,20 +174,18 @@ def _session(
     batch = pixels[np.arange(batch_size) % len(pixels)]
     engine.run(batch)
     began = time.perf_counter()
-    done = [0] * engine.streams
 
-    def work(place: int) -> None:
+    def work(_: int) -> int:
+        done = 0
         # Once at least: on a busy machine a thread may start when the time is over.
-        while not done[place] or time.perf_counter() < began + seconds:
+        while not done or time.perf_counter() < began + seconds:
             engine.run(batch)
-            done[place] += batch_size
+            done += batch_size
+        return done
 
-    threads = [threading.Thread(target=work, args=(place,)) for place in range(engine.streams)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return sum(done) / (time.perf_counter() - began)
+    with ThreadPoolExecutor(engine.streams) as streams:
+        done = sum(streams.map(work, range(engine.streams)))
+    return done / (time.perf_counter() - began)
 
 
 def _files(classifier: Classifier, paths: Sequence[str], batch_size: int, seconds: float) -> float:

@@ -94,7 +94,11 @@ def compare(
         agreed += sum(x == y for x, y in zip(*answers, strict=True))
         count += len(truth)
     if not count:
-        raise DataError("no image is labelled with a class of the models")
+        raise DataError(
+            f"none of the {unreadable:,} labelled images can be read"
+            if unreadable
+            else "no image is labelled with a class of the models"
+        )
     only_a = sum(x and not y for x, y in zip(*right, strict=True))
     only_b = sum(y and not x for x, y in zip(*right, strict=True))
     sides = [

@@ -12,6 +12,7 @@ import io
 import math
 import os
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,9 @@ CUDA = "CUDAExecutionProvider"
 TENSORRT = "TensorrtExecutionProvider"
 OPENVINO = "OpenVINO"
 """OpenVINO's own runtime, which is no execution provider of ONNX Runtime."""
+
+_importing_openvino = threading.Lock()
+"""What :func:`import_openvino` hides for a moment, it hides from all threads."""
 
 
 def wanted_device(device: str | None) -> str:
@@ -120,16 +124,17 @@ def import_openvino() -> Any:
     that does so cannot be imported: then OpenVINO puts a dummy in its place.
     """
     telemetry = "openvino_telemetry"
-    before = sys.modules.get(telemetry)
-    sys.modules[telemetry] = None  # type: ignore[assignment]  # importing it raises ImportError
-    try:
-        import openvino
-        import openvino.frontend
-    finally:
-        if before is None:
-            del sys.modules[telemetry]
-        else:
-            sys.modules[telemetry] = before
+    with _importing_openvino:
+        before = sys.modules.get(telemetry)
+        sys.modules[telemetry] = None  # type: ignore[assignment]  # importing it raises ImportError
+        try:
+            import openvino
+            import openvino.frontend
+        finally:
+            if before is None:
+                del sys.modules[telemetry]
+            else:
+                sys.modules[telemetry] = before
     return openvino
 
 

@@ -3,7 +3,7 @@
 from functools import partial
 from typing import Any
 
-from tinyserve.errors import DataError, ImageError, UsageError
+from tinyserve.errors import DataError, ImageError, UsageError, first_line
 from tinyserve.images import is_image_name, read_from
 from tinyserve.members import Member
 
@@ -24,8 +24,8 @@ def members(uri: str) -> list[Member]:
         else:
             below = filesystem.get_file_info(fs.FileSelector(root, recursive=True))
             found = [info.path for info in below if info.is_file and is_image_name(info.path)]
-    except OSError as error:
-        raise DataError(f"cannot list {uri}: {_first_line(error)}") from error
+    except Exception as error:  # those of pyarrow and of what it reads with share no base class
+        raise DataError(f"cannot list {uri}: {first_line(error)}") from error
     return [Member(path, None, partial(_read, filesystem, path)) for path in found]
 
 
@@ -45,8 +45,8 @@ def _file_system(uri: str) -> tuple[Any, str]:
         raise UsageError(f"{uri} needs: pip install 'tinyserve[parquet]'") from error
     try:
         filesystem, path = fs.FileSystem.from_uri(uri)
-    except (OSError, ValueError) as error:
-        raise UsageError(f"cannot read from {uri}: {_first_line(error)}") from error
+    except Exception as error:  # as in members()
+        raise UsageError(f"cannot read from {uri}: {first_line(error)}") from error
     return filesystem, path
 
 
@@ -54,9 +54,7 @@ def _read(filesystem: Any, path: str) -> bytes:
     try:
         with filesystem.open_input_stream(path) as file:
             return read_from(file)
-    except OSError as error:
-        raise ImageError(f"cannot read: {_first_line(error)}") from error
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0]
+    except ImageError:
+        raise
+    except Exception as error:  # as in members()
+        raise ImageError(f"cannot read: {first_line(error)}") from error

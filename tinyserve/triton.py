@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tinyserve.engine import read_card
 from tinyserve.errors import UsageError
-from tinyserve.modelfile import INPUT_NAME, OUTPUT_NAME, Label, ModelCard
+from tinyserve.modelfile import INPUT_NAME, OUTPUT_NAME, Label, ModelCard, check_graph
 
 MAX_BATCH_SIZE = 64
 MAX_QUEUE_DELAY_US = 2000
@@ -18,14 +18,18 @@ def write_repository(folder: Path, models: Mapping[str, Path]) -> list[Path]:
     """Write ``<name>/1/model.onnx``, ``config.pbtxt`` and ``labels.txt`` for every model.
 
     ``models`` maps names to model files. Returns the folders of the models. Raises
-    :class:`~tinyserve.errors.UsageError` for one that is there already or cannot be written.
+    :class:`~tinyserve.errors.UsageError` for one that is there already, before anything is written,
+    or cannot be written, and :class:`~tinyserve.errors.GateError` for a file that was changed.
     """
     cards = {name: read_card(path) for name, path in models.items()}
+    for name, path in models.items():
+        # Triton does not look: this is the last time that anything does.
+        check_graph(path, cards[name])
+        if (target := folder / name).exists():
+            raise UsageError(f"{target} is there already: remove it, or name another folder")
     written = []
     for name, card in cards.items():
         target = folder / name
-        if target.exists():
-            raise UsageError(f"{target} is there already: remove it, or name another folder")
         # Triton may be watching: a model appears complete or not at all.
         partial = folder / f".{name}.partial"
         try:
