@@ -7,9 +7,9 @@ import pytest
 from tinyserve import Classifier
 from tinyserve.classifier import _batches, _label_keys, _Pace, _ranks, likeliest
 from tinyserve.dataset import Input, find_inputs
-from tinyserve.errors import ImageError
+from tinyserve.errors import ImageError, ModelFileError, UsageError
 from tinyserve.members import Member
-from tinyserve.modelfile import Label
+from tinyserve.modelfile import Label, find_model
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +62,30 @@ def test_many_come_in_order_whatever_the_batch(classifier, samples, batch_size):
         alone = classifier.classify(result.path)
         assert result.predictions[0].index == alone[0].index
         assert result.predictions[0].probability == pytest.approx(alone[0].probability, abs=1e-5)
+
+
+def test_many_are_paths_of_any_kind_but_no_single_one(classifier, samples):
+    path = samples / "goldfish" / "val_68.JPEG"
+    (found,) = classifier.classify_many([path])
+    assert (found.path, found.error) == (str(path), None)
+    for one in (str(path), path.read_bytes()):
+        with pytest.raises(TypeError, match="classify takes one"):
+            list(classifier.classify_many(one))
+    with pytest.raises(TypeError):
+        list(classifier.classify_many([7]))
+
+
+def test_a_model_is_named_by_its_path_too(classifier):
+    path = find_model("inception")
+    assert Classifier(path, device="cpu").card == classifier.card
+    with pytest.raises(UsageError, match="is of int8, not fp16"):
+        Classifier(path, precision="fp16", device="cpu")
+
+
+def test_an_empty_file_is_no_model(tmp_path):
+    (tmp_path / "empty.onnx").touch()
+    with pytest.raises(ModelFileError, match="is empty"):
+        Classifier(tmp_path / "empty.onnx")
 
 
 def test_bad_images_leave_their_neighbours_alone(classifier, samples, tmp_path):

@@ -259,6 +259,25 @@ def _with_this_package() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.path.dirname(os.path.dirname(tinyserve.__file__))}
 
 
+def test_names_with_ends_of_lines_are_one_row_each(samples, tmp_path):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for name in ("a\rb.jpg", "a\nb.jpg", "a\r\nb, c.jpg", "z.jpg"):
+        shutil.copy(samples / "goldfish" / "val_68.JPEG", folder / name)
+    (folder / "y\r.jpg").touch()
+    output = tmp_path / "rows.csv"
+    assert classify(folder, "-k", 1, "-o", output).returncode == 3
+    with open(output, newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert sorted(row["path"] for row in rows) == sorted(str(path) for path in folder.iterdir())
+    assert sum(row["status"] == "ok" for row in rows) == 4
+    pyarrow_csv = pytest.importorskip("pyarrow.csv")
+    options = pyarrow_csv.ParseOptions(newlines_in_values=True)
+    assert pyarrow_csv.read_csv(output, parse_options=options).num_rows == 5
+    run = classify(folder, "-k", 1, "-o", output, "--resume")
+    assert "5 images, 4 of them done before, 1 failed" in run.stderr
+
+
 @pytest.mark.parametrize("output", ["rows.jsonl", "rows.csv"])
 def test_a_full_disk_is_one_line_and_the_job_can_go_on(samples, tmp_path, output):
     path = tmp_path / output

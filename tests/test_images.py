@@ -226,15 +226,99 @@ def test_missing_file_and_folder_are_image_errors(tmp_path):
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_every_orientation_is_turned_as_pillow_turns_it(picture, orientation):
+@pytest.mark.parametrize("format_", ["JPEG", "PNG", "WEBP", "TIFF"])
+def test_every_orientation_is_turned_as_pillow_turns_it(picture, format_, orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
-    data = encode(picture, "JPEG", quality=95, exif=exif)
+    data = encode(picture, format_, quality=95, exif=exif)
     with Image.open(io.BytesIO(data)) as opened:
         expected = np.asarray(ImageOps.exif_transpose(opened))
     decoded = images.decode(data)
     assert np.array_equal(decoded, expected)
     assert decoded.flags.c_contiguous
+
+
+@pytest.mark.parametrize("before", [0, 1, 3])
+def test_orientation_is_found_behind_long_profiles(picture, before):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = encode(picture, "JPEG", exif=exif)
+    profile = b"\xff\xe2" + struct.pack(">H", 65_535) + bytes(65_533)
+    assert images.decode(data[:2] + before * profile + data[2:]).shape == (96, 64, 3)
+    # Bytes that fill up are allowed in front of a segment.
+    assert images.decode(data[:2] + before * (profile + b"\xff") + data[2:]).shape == (96, 64, 3)
+
+
+@pytest.mark.parametrize("exif", [bytes(20), b"garbage", b"Exif\0\0MM"])
+@pytest.mark.parametrize("format_", ["PNG", "WEBP"])
+def test_exif_data_that_are_none_harm_no_picture(picture, format_, exif):
+    options = {"lossless": True} if format_ == "WEBP" else {}
+    data = encode(picture, format_, exif=exif, **options)
+    assert np.array_equal(images.decode(data), np.asarray(picture))
+
+
+def test_an_odd_tag_beside_the_orientation_is_not_minded(picture):
+    exif = b"Exif\0\0MM\0*" + struct.pack(">IH", 8, 2)
+    exif += struct.pack(">HHIHH", 0x0112, 3, 1, 6, 0)
+    exif += struct.pack(">HHI4s", 0x0128, 2, 4, b"odd\0")  # text where a number is due
+    exif += struct.pack(">I", 0)
+    decoded = images.decode(encode(picture, "PNG", exif=exif))
+    assert np.array_equal(decoded, np.rot90(np.asarray(picture), -1))
+
+
+def tiff(values: np.ndarray, bits: int, photometric: int) -> bytes:
+    """A greyscale TIFF; the values of 12 bits must be equal in pairs."""
+    height, width = values.shape
+    if bits == 12:
+        rows = values.astype(int)[:, ::2]
+        packed = np.stack([rows >> 4, (rows & 15) << 4 | rows >> 8, rows & 255], axis=-1)
+        content = packed.astype(np.uint8).tobytes()
+    else:
+        content = values.astype(f"<u{bits // 8}").tobytes()
+    tags = [
+        *((256, width), (257, height), (258, bits), (259, 1), (262, photometric)),
+        *((273, 8 + 2 + 10 * 12 + 4), (277, 1), (278, height), (279, len(content)), (339, 1)),
+    ]
+    directory = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
+    return b"II*\0" + struct.pack("<IH", 8, len(tags)) + directory + bytes(4) + content
+
+
+@pytest.mark.parametrize(("bits", "white_is_zero"), [(12, False), (16, False), (16, True)])
+def test_greys_of_many_bits_in_tiff(bits, white_is_zero):
+    high = np.repeat(np.arange(0, 256, 2), 2)[None].repeat(3, axis=0)
+    decoded = images.decode(tiff(high << (bits - 8), bits, 0 if white_is_zero else 1))
+    assert np.array_equal(decoded[..., 0], 255 - high if white_is_zero else high)
+
+
+def test_greys_of_32_bits_are_refused():
+    with pytest.raises(ImageError, match="greys of 32 bits are not supported"):
+        images.decode(tiff(np.full((4, 4), 2**31), 32, 1))
+
+
+def test_a_transparent_grey_of_16_bits_is_white():
+    values = np.array([[4660, 9320]], np.uint16)
+    data = encode(Image.fromarray(values), "PNG", transparency=4660)
+    assert images.decode(data)[..., 0].tolist() == [[255, 9320 >> 8]]
+
+
+@pytest.mark.parametrize(
+    ("side", "shown"), [(500, 500), (510, 510), (512, 256), (700, 263), (2048, 256)]
+)
+def test_jpegs_are_decoded_at_half_of_their_size_or_less_or_whole(picture, side, shown):
+    data = encode(picture.resize((side, side)), "JPEG")
+    assert images.decode(data, at_least=256).shape == (shown, shown, 3)
+
+
+@pytest.mark.parametrize("kind", [bytes, bytearray, memoryview])
+def test_what_is_in_memory_is_no_path(photo, kind):
+    content = photo.read_bytes()
+    assert np.array_equal(images.load(kind(content), size=64), images.load(photo, size=64))
+
+
+@pytest.mark.parametrize("source", [np.zeros((4, 4, 3), np.uint8), 1, None])
+def test_what_is_neither_path_nor_bytes_is_a_type_error(source):
+    with pytest.raises(TypeError):
+        images.load(source, size=64)
 
 
 def test_a_large_jpeg_decoded_small_is_hardly_another_picture(samples):

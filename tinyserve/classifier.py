@@ -32,8 +32,6 @@ LARGEST_BATCH = 128
 _QUICK = 0.06
 """Seconds that a batch may take for the next ones to be larger."""
 
-Source = str | os.PathLike[str] | bytes
-
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
@@ -97,7 +95,7 @@ class Classifier:
 
     def __init__(
         self,
-        model: str = DEFAULT_MODEL,
+        model: str | os.PathLike[str] = DEFAULT_MODEL,
         *,
         precision: str = "auto",
         device: str | None = None,
@@ -109,6 +107,8 @@ class Classifier:
         self.engine = Engine(
             path, device=device, threads=threads, streams=streams, self_test=self_test
         )
+        if precision not in ("auto", self.card.precision):  # of a path
+            raise UsageError(f"{path} is of {self.card.precision}, not {precision}")
         self._labels_by_key = _label_keys(self.card.labels)
 
     @property
@@ -120,7 +120,7 @@ class Classifier:
         """The card's, by which rows name the model; a digest of the whole card, so taken once."""
         return self.card.fingerprint
 
-    def classify(self, source: Source, k: int = 5) -> tuple[Prediction, ...]:
+    def classify(self, source: images.Source, k: int = 5) -> tuple[Prediction, ...]:
         """The ``k`` likeliest classes of one image, best first.
 
         ``source`` is a path or the bytes of an image file. Raises
@@ -130,7 +130,10 @@ class Classifier:
         return self.top(self.engine.run(image[None])[0], k)
 
     def classify_many(
-        self, inputs: Iterable[Input | str], k: int = 5, batch_size: int | None = None
+        self,
+        inputs: Iterable[Input | str | os.PathLike[str]],
+        k: int = 5,
+        batch_size: int | None = None,
     ) -> Generator[Result, None, None]:
         """One :class:`Result` for every input, in order, while they come; memory stays constant.
 
@@ -139,7 +142,11 @@ class Classifier:
         ``batch_size`` is given, batches grow from :data:`FIRST_BATCH` images to
         :data:`LARGEST_BATCH`, as long as they are quickly done.
         """
-        items = (Input(item, None) if isinstance(item, str) else item for item in inputs)
+        if isinstance(inputs, str | bytes):
+            raise TypeError("classify_many takes many inputs; classify takes one")
+        items = (
+            item if isinstance(item, Input) else Input(os.fspath(item), None) for item in inputs
+        )
         pending: deque[Future[list[Result]]] = deque()
         workers = self.engine.streams + 1
         pace = _Pace(batch_size)
@@ -229,7 +236,9 @@ def likeliest(
     ]
 
 
-def model_file(model: str, precision: str = "auto", device: str | None = None) -> Path:
+def model_file(
+    model: str | os.PathLike[str], precision: str = "auto", device: str | None = None
+) -> Path:
     """The file that a :class:`Classifier` of these arguments loads."""
     if precision != "auto" and precision not in PRECISIONS:
         raise UsageError(f"unknown precision {precision!r} (known: auto, {', '.join(PRECISIONS)})")

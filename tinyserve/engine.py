@@ -226,6 +226,8 @@ def _errors_in_words(path: Path, device: str) -> Iterator[None]:
     """What a runtime raises while it opens a file, as an error of this package, in one line."""
     if not path.is_file():
         raise ModelFileError(f"no such model file: {path}")
+    if not path.stat().st_size:  # OpenVINO reads it as a model of nothing
+        raise ModelFileError(f"{path} is empty (0 bytes)")
     try:
         yield
     except TinyserveError:

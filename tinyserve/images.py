@@ -42,11 +42,11 @@ _READ = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
 _JPEG_MAGIC = b"\xff\xd8\xff"
 _JPEG_SCAN = b"\xff\xda"
 _EXIF_MAGIC = b"Exif\x00\x00"
-_EXIF_WITHIN = 65_536
 
 _SPARE = 4
-"""Large JPEGs are decoded at half, a quarter or an eighth of their size, as long as that leaves so
-many times the side that is wanted: the averaging that shrinks them hides the difference."""
+"""Large JPEGs are decoded at half of their size or less, in eighths, as long as that leaves so many
+times the side that is wanted: the averaging that shrinks them hides the difference. More than half
+takes longer than the whole."""
 
 _LARGE = 4_000_000  # pixels
 _QUICK_BYTES = 16 * 2**10
@@ -94,13 +94,17 @@ def is_image_name(name: str) -> bool:
     return suffix in SUFFIXES and not os.path.basename(name).startswith("._")
 
 
-def load(source: str | os.PathLike[str] | bytes, *, size: int) -> NDArray[np.uint8]:
+Source = str | os.PathLike[str] | bytes | bytearray | memoryview
+"""A path, or the bytes of an image file."""
+
+
+def load(source: Source, *, size: int) -> NDArray[np.uint8]:
     """The pixels a model of this input size sees: uint8 ``(size, size, 3)``, RGB.
 
     ``source`` is a path or the bytes of an image file. Raises :class:`ImageError` for anything that
     is no complete image of a supported format.
     """
-    data = source if isinstance(source, bytes) else read(source)
+    data = bytes(source) if isinstance(source, bytes | bytearray | memoryview) else read(source)
     return resize(decode(data, at_least=_SPARE * size), size)
 
 
@@ -120,8 +124,9 @@ def read(path: str | os.PathLike[str]) -> bytes:
     """The bytes of a file; :class:`ImageError` where it cannot be read or is larger than
     :data:`MAX_BYTES`."""
     try:
-        # Not open(), which asks the system for twice as much about a file.
-        descriptor = os.open(path, _READ)
+        # Not open(), which asks the system for twice as much about a file. Anything in memory is a
+        # path to os.open(), too.
+        descriptor = os.open(os.fspath(path), _READ)
         try:
             status = os.fstat(descriptor)
             if not stat.S_ISREG(status.st_mode):
@@ -161,7 +166,7 @@ def decode(data: bytes, *, at_least: int | None = None) -> NDArray[np.uint8]:
 
     JPEG, PNG, GIF (first frame), WebP, BMP and TIFF. Greys are repeated over the three channels,
     16-bit values keep their high byte, CMYK is converted, and transparency is laid over white.
-    With ``at_least``, a JPEG may come back smaller, by 2, 4 or 8, but both sides have as many
+    With ``at_least``, a JPEG may come back at half of its size or less, but both sides have as many
     pixels.
 
     Raises :class:`ImageError` for empty, truncated or damaged data, other formats, and images of
@@ -179,7 +184,8 @@ def decode(data: bytes, *, at_least: int | None = None) -> NDArray[np.uint8]:
             pass
     from tinyserve import pillow
 
-    return pillow.decode(data, _room_for)
+    pixels, orientation = pillow.decode(data, _room_for)
+    return _upright(pixels, orientation)
 
 
 def thumbnail(data: bytes, side: int) -> "Image.Image":
@@ -217,16 +223,36 @@ def _decode_jpeg(data: bytes, at_least: int, most_blocks: int | None = None) -> 
     if most_blocks is not None and -(-height // 8) * -(-width // 8) > most_blocks:
         raise ValueError("large")
     turn = 1
-    if _EXIF_MAGIC in data[:_EXIF_WITHIN]:
+    if _has_exif(data):
         from tinyserve import pillow
 
         turn = pillow.orientation(data)
     small = min(height, width) > at_least > 0
     with _room_for(height, width):
         pixels: NDArray[np.uint8] = simplejpeg.decode_jpeg(
-            data, "RGB", min_height=at_least if small else 0, min_width=at_least if small else 0
+            data,
+            "RGB",
+            min_height=at_least if small else 0,
+            min_width=at_least if small else 0,
+            min_factor=2 if small else 1,
         )
-    return np.ascontiguousarray(_UPRIGHT[turn](pixels)) if turn in _UPRIGHT else pixels
+    return _upright(pixels, turn)
+
+
+def _has_exif(data: bytes) -> bool:
+    """Whether a JPEG has EXIF data; what comes before them, such as a profile, may be long."""
+    place = 2
+    while data[place : place + 1] == b"\xff" and not data.startswith(_JPEG_SCAN, place):
+        if data.startswith(_EXIF_MAGIC, place + 4):
+            return True
+        filled = data.startswith(b"\xff\xff", place)
+        place += 1 if filled else 2 + int.from_bytes(data[place + 2 : place + 4], "big")
+    return False
+
+
+def _upright(pixels: NDArray[np.uint8], orientation: int) -> NDArray[np.uint8]:
+    turn = _UPRIGHT.get(orientation)
+    return pixels if turn is None else np.ascontiguousarray(turn(pixels))
 
 
 _UPRIGHT: dict[int, Callable[[NDArray[np.uint8]], NDArray[np.uint8]]] = {

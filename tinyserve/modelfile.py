@@ -368,14 +368,14 @@ def _without_precision(name: str) -> tuple[str, str | None]:
     return (base, ending) if base and ending in PRECISIONS[1:] else (name, None)
 
 
-def find_model(name: str, precisions: Sequence[str] = PRECISIONS) -> Path:
+def find_model(name: str | os.PathLike[str], precisions: Sequence[str] = PRECISIONS) -> Path:
     """The file of a model, given its path, its name, or its name less the precision.
 
     Of ``resnet20.fp16`` and ``resnet20.int8``, ``resnet20`` means the first that there is in the
     order of ``precisions``; a name without a precision is a file of fp32. Raises
     :class:`ModelFileError` where there is none.
     """
-    if name.endswith(".onnx") or os.sep in name:
+    if isinstance(name, os.PathLike) or name.endswith(".onnx") or os.sep in name:
         return Path(name)
     models = installed_models()
     base, named = _without_precision(name)

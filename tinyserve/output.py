@@ -108,7 +108,8 @@ def read_rows(output: str, format_: str) -> Iterator[dict[str, Any]]:
 
     Raises :class:`~tinyserve.errors.UsageError` where the file is no output of this format.
     """
-    with open(output, encoding="utf-8", errors="surrogateescape", newline="") as stream:
+    # Ends of lines are ours alone: a file's name may hold the others.
+    with open(output, encoding="utf-8", errors="surrogateescape", newline="\n") as stream:
         yield from (_read_jsonl if format_ == "jsonl" else _read_csv)(stream, output)
 
 
@@ -178,6 +179,8 @@ def _opened(output: str | None, mode: Literal["a", "w"]) -> Iterator[TextIO]:
 
 def _csv_writer(stream: TextIO, k: int, model: str, *, header: bool) -> Write:
     rows = csv.writer(stream, lineterminator="\n")
+    # Python before 3.13 quotes no carriage return by itself, at which others end a row.
+    quoted = csv.writer(stream, lineterminator="\n", quoting=csv.QUOTE_ALL)
     numbered = [f"{field}_{place}" for place in range(1, k + 1) for field in _PREDICTION]
     width = len(_FIELDS) + len(numbered)
     if header:
@@ -189,7 +192,7 @@ def _csv_writer(stream: TextIO, k: int, model: str, *, header: bool) -> Write:
         for prediction in result.predictions:
             values += _values(prediction)
         values += [None] * (width - len(values))
-        rows.writerow(values)
+        (quoted if "\r" in f"{fields['path']}{fields['error']}" else rows).writerow(values)
 
     return write
 

@@ -11,7 +11,8 @@ from contextlib import AbstractContextManager
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
+from PIL.TiffImagePlugin import TiffImageFile
 
 from tinyserve.errors import ImageError
 
@@ -23,14 +24,20 @@ warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
 # And of what it finds odd in a file and reads nevertheless, in the midst of the rows.
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 
-_ORIENTATION = 0x0112  # the EXIF tag
+# Tags of EXIF and TIFF
+_ORIENTATION = 0x0112
+_BITS_PER_SAMPLE = 0x0102
+_PHOTOMETRIC = 0x0106
+_WHITE_IS_ZERO = 0
+
 _SIXTEEN_BIT_MODES = frozenset({"I;16", "I;16B", "I;16L", "I;16N", "I"})
 
 
 def decode(
     data: bytes, room_for: Callable[[int, int], AbstractContextManager[None]]
-) -> NDArray[np.uint8]:
-    """The pixels of an image file; see :func:`tinyserve.images.decode`.
+) -> tuple[NDArray[np.uint8], int]:
+    """The pixels of an image file as they are stored, and their EXIF orientation; see
+    :func:`tinyserve.images.decode`.
 
     ``room_for`` is asked for a height and a width while an image of these is decoded.
     """
@@ -40,8 +47,7 @@ def decode(
             room_for(image.height, image.width),
         ):
             image.load()
-            ImageOps.exif_transpose(image, in_place=True)
-            return np.array(_to_rgb(image))
+            return np.array(_to_rgb(image)), _orientation(image)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ImageError(f"too large: more than {Image.MAX_IMAGE_PIXELS:,} pixels") from error
     except UnidentifiedImageError as error:
@@ -57,10 +63,7 @@ def decode(
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode in _SIXTEEN_BIT_MODES:
-        values = np.asarray(image)
-        if values.dtype.itemsize > 2:  # "I", which may hold more than 16 bits
-            values = values.clip(0, 65_535)
-        return Image.fromarray((values >> 8).astype(np.uint8)).convert("RGB")
+        return Image.fromarray(_high_bytes(image)).convert("RGB")
     if image.mode == "F":
         raise ImageError("floating-point pixels are not supported")
     if image.has_transparency_data:
@@ -68,6 +71,32 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
         return Image.alpha_composite(white, image).convert("RGB")
     return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _high_bytes(image: Image.Image) -> NDArray[np.uint8]:
+    """Greys of more than 8 bits, in 8."""
+    values = np.asarray(image)
+    bits, white_is_zero = 16, False
+    if isinstance(image, TiffImageFile):
+        bits = image.tag_v2.get(_BITS_PER_SAMPLE, (16,))[0]
+        white_is_zero = image.tag_v2.get(_PHOTOMETRIC) == _WHITE_IS_ZERO
+    if bits > 16:
+        raise ImageError(f"greys of {bits} bits are not supported")
+    if values.dtype.itemsize > 2:  # "I", which may hold more than 16 bits
+        values = values.clip(0, 65_535)
+    transparent = values == image.info.get("transparency")
+    greys: NDArray[np.uint8] = (values >> (bits - 8)).astype(np.uint8)
+    if white_is_zero:
+        greys = 255 - greys
+    return np.where(transparent, np.uint8(255), greys)
+
+
+def _orientation(image: Image.Image) -> int:
+    """1 to 8 by its EXIF data; 1 where they cannot be read, which harms no pixel."""
+    try:
+        return int(image.getexif().get(_ORIENTATION, 1))
+    except Exception:  # as in decode()
+        return 1
 
 
 def orientation(data: bytes) -> int:

@@ -61,7 +61,10 @@ def serve(host: str, port: int, model: str, device_wanted: str | None) -> None:
             **options(),
         )
     except OSError as error:
-        raise UsageError(f"cannot listen on {host} port {port}; is it taken?") from error
+        raise UsageError(
+            f"cannot listen on {host} port {port}: is the port taken, or the address not this "
+            "machine's?"
+        ) from error
     print(f"{url}\n{model} on {runs_on}", flush=True)
     try:
         while True:
