@@ -16,7 +16,7 @@ from torch import Tensor
 from tinyserve.engine import Engine
 from tinyserve.modelfile import Calibration, OperatingPoint, Training
 from tinyserve.statistics import Reliability
-from training.data import Dataset, Split, name_of
+from training.data import Dataset, Split, held_out_of, name_of
 from training.evaluate import ServedNetwork, at_a_time
 from training.gate import in_batches
 
@@ -86,17 +86,23 @@ def were_held_out(training: Training, dataset: Dataset) -> bool:
     The weights that they started from must have been trained with the same images held out, or on
     other data.
     """
-    if len(dataset.held_out) < 2 or training.dataset_fingerprint != dataset.fingerprint:
+    if len(dataset.held_out) < 2:
+        return False
+    here = dataset.fingerprint, held_out_of(dataset.described)
+    if (training.dataset_fingerprint, held_out_of(training.dataset)) != here:
         return False
     return not may_have_seen(training.initial, training.dataset_fingerprint, training.dataset)
 
 
 def may_have_seen(training: Training | None, fingerprint: str, described: str) -> bool:
-    """Whether weights, or any that they started from, were trained on a data set of this name, but
-    not on the one of this fingerprint with as many images held out, which are always the same."""
+    """Whether weights, or any that they started from, were trained on a data set of this name or
+    fingerprint, but not on the one with both this fingerprint and as many images held out, which
+    are always the same."""
     while training is not None:
-        same = (training.dataset_fingerprint, training.dataset) == (fingerprint, described)
-        if name_of(training.dataset) == name_of(described) and not same:
+        theirs = training.dataset_fingerprint
+        same = theirs == fingerprint and held_out_of(training.dataset) == held_out_of(described)
+        related = theirs == fingerprint or name_of(training.dataset) == name_of(described)
+        if related and not same:
             return True
         training = training.initial
     return False

@@ -88,7 +88,13 @@ class Dataset:
 
 def name_of(described: str) -> str:
     """The name in what :attr:`Dataset.described` says."""
-    return re.sub(r", [0-9,]+ held out of train$", "", described)
+    return described.removesuffix(held_out_of(described))
+
+
+def held_out_of(described: str) -> str:
+    """What :attr:`Dataset.described` says after the name; empty where nothing is held out."""
+    found = re.search(r", [0-9,]+ held out of train$", described)
+    return found[0] if found else ""
 
 
 def load(root: Path, *, image_size: int = 64, skip_bad: bool = False, holdout: int = 0) -> Dataset:
@@ -273,11 +279,22 @@ def _val_files(folder: Path, index: dict[str, int]) -> list[tuple[str, int]]:
 
 def _labels(root: Path, names: list[str]) -> tuple[Label, ...]:
     """Labels of the class folders: with words.txt, folders are WordNet ids and get their words."""
+    for name in names:
+        try:
+            name.encode()
+        except UnicodeEncodeError as error:
+            raise DataError(
+                f"{root}: the name of the class folder {name!r} is not UTF-8"
+            ) from error
     words = root / "words.txt"
     if not words.exists():
         return tuple(Label(wnid=None, name=name) for name in names)
     first_word = {}
-    for line in words.read_text(encoding="utf-8").splitlines():
+    try:
+        lines = words.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise DataError(f"{words} is not UTF-8") from error
+    for line in lines:
         wnid, _, synonyms = line.partition("\t")
         first_word[wnid] = synonyms.partition(",")[0].strip()
     return tuple(Label(wnid=name, name=first_word.get(name) or name) for name in names)
@@ -290,7 +307,8 @@ def _decode_split(
     folder = cache_folder(root)
     array_path = folder / f"{split}-{size}px-{key}.npy"
     bad_path = array_path.with_suffix(".bad.json")
-    if not array_path.exists():
+    kept = array_path.exists()
+    if not kept:
         partial = array_path.with_name(f"{array_path.name}.{os.getpid()}.partial")
         try:
             bad = _decode_into(partial, [path for path, _ in files], size, desc=f"decode {split}")
@@ -306,6 +324,8 @@ def _decode_split(
     pixels: Pixels = np.load(array_path, mmap_mode="c")  # torch wants it writable
     labels = np.array([label for _, label in files], dtype=np.int64)
     bad = {int(position): reason for position, reason in json.loads(bad_path.read_text()).items()}
+    if bad and kept:
+        bad = _decode_again(array_path, bad_path, bad, files)
     if not bad:
         return Split(pixels, labels)
     if not skip_bad:
@@ -321,6 +341,24 @@ def _decode_split(
         raise DataError(f"none of the {len(files)} {split} images below {root} can be read")
     good = np.setdiff1d(np.arange(len(files)), list(bad))
     return Split(pixels[good], labels[good])
+
+
+def _decode_again(
+    array_path: Path, bad_path: Path, bad: dict[int, str], files: list[tuple[str, int]]
+) -> dict[int, str]:
+    """What is still wrong with images that could not be read: permissions and networks change, and
+    a file's time and size do not show it."""
+    array = np.load(array_path, mmap_mode="r+")
+    left = {}
+    for position in bad:
+        try:
+            array[position] = images.load(files[position][0], size=array.shape[1])
+        except ImageError as error:
+            left[position] = str(error)
+    if left != bad:
+        array.flush()
+        bad_path.write_text(json.dumps(left))
+    return left
 
 
 def _decode_into(target: Path, paths: list[str], size: int, *, desc: str) -> dict[int, str]:

@@ -12,6 +12,7 @@ network does in PyTorch; otherwise what was there stays and the exit code is 4.
 import argparse
 import json
 import logging
+import shlex
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -67,7 +68,9 @@ def main(argv: list[str] | None = None) -> int:
         print("training.export: interrupted", file=sys.stderr)
         return 130
     print(*paths, sep="\n")
-    print(f"try it with: tinyserve classify IMAGES -m {paths[0]}", file=sys.stderr)
+    print(
+        f"try it with: tinyserve classify IMAGES -m {shlex.quote(str(paths[0]))}", file=sys.stderr
+    )
     return 0
 
 
@@ -153,7 +156,9 @@ def _calibrator(
     """Give the network its temperature; None, and said aloud, where nothing can tell which."""
     if not were_held_out(training, dataset):
         why = "no images were held out of training"
-        if len(dataset.held_out):
+        if len(dataset.held_out) == 1:
+            why = "that takes two images held out of training"
+        elif len(dataset.held_out):
             why = "the weights may have been trained on the images that are held out"
         print(f"note: not calibrated, as {why}", file=sys.stderr)
         return None

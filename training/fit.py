@@ -18,6 +18,7 @@ import dataclasses
 import json
 import math
 import os
+import shlex
 import signal
 import sys
 import time
@@ -86,12 +87,17 @@ def main(argv: list[str] | None = None) -> int:
             print(f"training.fit: {error}", file=sys.stderr)
         return error.exit_code
     except torch.OutOfMemoryError:
-        print("training.fit: the GPU's memory is full: lower --batch-size", file=sys.stderr)
+        print(
+            "training.fit: the GPU's memory is full: lower --batch-size or --image-size",
+            file=sys.stderr,
+        )
         return 1
     except RuntimeError as error:
         if "can't allocate memory" not in str(error):
             raise
-        print("training.fit: the memory is full: lower --batch-size", file=sys.stderr)
+        print(
+            "training.fit: the memory is full: lower --batch-size or --image-size", file=sys.stderr
+        )
         return 1
     except OSError as error:
         print(f"training.fit: {describe_os_error(error)}", file=sys.stderr)
@@ -209,7 +215,8 @@ def fit(trainer: Trainer, run: Run, deadline: float | None = None) -> list[Row]:
                     writer.add_scalar("step/loss", loss, trainer.step)
                     writer.add_scalar("step/lr", trainer.lr, trainer.step)
             row = trainer.finish_epoch()
-            if not math.isfinite(row["train_loss"]):
+            # The latter is of the last step's weights, too.
+            if not (math.isfinite(row["train_loss"]) and math.isfinite(row["val_loss"])):
                 raise TinyserveError(
                     f"the loss is not finite in epoch {epoch}: lower --lr (now {recipe.lr})"
                 )
@@ -342,6 +349,8 @@ def _finish(
             "training_seconds": sum(row["seconds"] for row in history),
             "parameters": count_parameters(served.network),
             "peak_memory_bytes": hardware.peak_memory(trainer.device),
+            "train_images": len(trainer.subset),
+            "held_out": len(dataset.held_out),
         },
     )
     run.save_weights(dataclasses.replace(weights, training=training))
@@ -353,7 +362,7 @@ def _finish(
             f"top-5 {100 * score.top5:.2f} %"
         )
     print(
-        f"export it with: python -m training.export {run.folder} -o models/\n"
+        f"export it with: python -m training.export {shlex.quote(str(run.folder))} -o models/\n"
         f"serve it with:  tinyserve classify IMAGES -m models/{config.arch}.onnx",
         file=sys.stderr,
     )

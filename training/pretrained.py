@@ -211,12 +211,16 @@ def refit_norms(model: nn.Module, images: Tensor) -> None:
         model.train(training)
 
 
-def start_from(model: nn.Module, weights: checkpoint.Weights, classes: tuple[Label, ...]) -> None:
-    """Copy trained weights into a network of the same architecture.
+def start_from(
+    model: nn.Module, arch: str, weights: checkpoint.Weights, classes: tuple[Label, ...]
+) -> None:
+    """Copy trained weights into a network of the same architecture, ``arch``.
 
     The classifying layer keeps its own start unless the classes are the same, in the same order.
     Auxiliary heads, which no file holds, keep theirs.
     """
+    if weights.arch != arch:  # which may have all of its layers, and more
+        raise CheckpointError(f"the weights to start from are of {weights.arch}, not of {arch}")
     own = model.state_dict()
     same_classes = weights.labels == classes
     classifier = _classifier(model)

@@ -155,7 +155,10 @@ class Recipe:
             return min(image_size, max(SMALLEST_IMAGE, round(size * image_size / 64 / 8) * 8))
 
         sizes = tuple((start, scaled(size)) for start, size in self.sizes)
-        return dataclasses.replace(self, crop=scaled(self.crop), sizes=sizes)
+        crop = scaled(self.crop)
+        if crop == image_size and self.crop < 64:  # nothing would be left to crop
+            crop = image_size * self.crop // 64
+        return dataclasses.replace(self, crop=crop, sizes=sizes)
 
     @property
     def final_size(self) -> int:

@@ -16,7 +16,7 @@ from typing import Any
 
 from tinyserve.errors import CheckpointError, UsageError
 from training.data import DEFAULT_ROOT
-from training.recipes import learning_rate, paper
+from training.recipes import Recipe, learning_rate, paper
 
 CONFIG, HISTORY, RESULT = "config.json", "history.csv", "result.json"
 
@@ -70,6 +70,10 @@ class Record:
     """Of the network; 0 where that was not recorded, as for the next."""
     peak_memory: int = 0
     """Bytes."""
+    trained_on: int | None = None
+    """Images; None where that was not recorded, as for the next."""
+    held_out: int | None = None
+    """Of the training images, for validation."""
 
     @property
     def images_per_second(self) -> float:
@@ -86,13 +90,22 @@ class Record:
 
     @property
     def train_images(self) -> str:
-        limit, holdout = self.config.get("limit_train"), self.config.get("holdout")
-        return f"{limit:,}" if limit else f"all but {holdout:,}" if holdout else "all"
+        limit = self.config.get("limit_train")
+        if limit:
+            return f"{limit if self.trained_on is None else self.trained_on:,}"
+        return f"all but {self._held_out:,}" if self._held_out else "all"
 
     @property
     def validated_on(self) -> str:
-        holdout = self.config.get("holdout")
-        return f"{holdout:,} images held out of train" if holdout else "validation split"
+        if self._held_out:
+            return f"{self._held_out:,} images held out of train"
+        return "validation split"
+
+    @property
+    def _held_out(self) -> int:
+        # What was asked for is 0 where data have no validation split, and some are held out.
+        asked_for = int(self.config.get("holdout") or 0)
+        return asked_for if self.held_out is None else self.held_out
 
     @property
     def has_own_section(self) -> bool:
@@ -122,13 +135,22 @@ class Record:
     def changes_from(self, base: "Record") -> list[str]:
         """The settings in which it differs from another run, in words.
 
-        What an older record lacks did not exist then: that is as good as none, 0 or no.
+        What an older record lacks did not exist then: that is as good as what it is by default.
         """
+        defaults = {
+            field.name: None if field.default is dataclasses.MISSING else field.default
+            for field in dataclasses.fields(Recipe)
+        }
         before, after = {**base.config, **base.recipe}, {**self.config, **self.recipe}
+        keys = {**before, **after}
+        before, after = {**defaults, **before}, {**defaults, **after}
         return [
             f"{key} {in_words(before.get(key))} → {in_words(after.get(key))}"
-            for key in {**before, **after}
-            if key not in ("recipe", "name") and (before.get(key) or 0) != (after.get(key) or 0)
+            for key in keys
+            if key not in ("recipe", "name")
+            and before.get(key) != after.get(key)
+            # Of what only one of them has, and which is no recipe's.
+            and (key in defaults or before.get(key) or after.get(key))
         ]
 
 
@@ -214,6 +236,8 @@ def _read_record(folder: Path) -> Record:
                 "seconds": float(result["training_seconds"]),
                 "parameters": int(result.get("parameters") or 0),
                 "peak_memory": int(result.get("peak_memory_bytes") or 0),
+                "trained_on": result.get("train_images"),
+                "held_out": result.get("held_out"),
             }
             for views in (SINGLE, TEN) if TEN in result else (SINGLE,):
                 images, correct, top5 = (

@@ -21,7 +21,7 @@ from training.checkpoint import Weights
 from training.data import Dataset
 from training.distill import Teacher, divergence
 from training.distributed import ALONE, Workers
-from training.evaluate import Score, view_accuracy
+from training.evaluate import Score, at_a_time, view_accuracy
 from training.models import ARCHS
 from training.recipes import Recipe
 from training.run import Config, Row
@@ -110,7 +110,7 @@ class Trainer:
         self.model = network.to(device).to(memory_format=torch.channels_last)
         self._activations = activations_per_pixel(self.model, recipe.final_size)
         if initial is not None:
-            pretrained.start_from(self.model, initial, dataset.classes)
+            pretrained.start_from(self.model, config.arch, initial, dataset.classes)
             self._refit_norms()
         self.average: _RunningAverage | None = None
         if recipe.ema is not None:
@@ -441,7 +441,7 @@ def pixel_statistics(images: Tensor, subset: Tensor, *, mean_image: bool) -> tup
     """
     total = torch.zeros(images.shape[1:], dtype=torch.float64, device=images.device)
     squares = torch.zeros_like(total)
-    for indices in subset.split(1024):
+    for indices in subset.split(at_a_time(1024, images.shape[1])):
         pixels = images[indices].double()
         total += pixels.sum(dim=0)
         squares += pixels.square().sum(dim=0)

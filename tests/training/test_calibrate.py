@@ -78,15 +78,18 @@ def test_only_images_that_no_weights_have_seen_count(trained, held_out, photos):
     assert not were_held_out(trained, data.load(photos, image_size=16))
     other = dataclasses.replace(trained, dataset_fingerprint="1" * 64)
     assert not were_held_out(other, held_out)
+    assert not were_held_out(trained, data.load(photos, image_size=16, holdout=HELD_OUT + 3))
     # Weights to start from: with the same images held out, of all images, of other data.
     fewer = dataclasses.replace(trained, train_images=10)  # --limit-train
     seen = dataclasses.replace(trained, dataset="photos, 3 held out of train")
+    copied = dataclasses.replace(trained, dataset=f"copy, {HELD_OUT} held out of train")
+    whole_copy = dataclasses.replace(trained, dataset="copy")
     elsewhere = dataclasses.replace(other, dataset="imagenet")
     whole = dataclasses.replace(other, dataset="photos", train_images=27)
     assert trained.dataset == f"photos, {HELD_OUT} held out of train"
     for initial, expected in (
         (trained, True), (fewer, True), (seen, False), (other, False), (whole, False),
-        (elsewhere, True),
+        (elsewhere, True), (copied, True), (whole_copy, False),
     ):  # fmt: skip
         assert were_held_out(dataclasses.replace(trained, initial=initial), held_out) is expected
         later = dataclasses.replace(trained, initial=initial)

@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 
 from tinyserve import images
-from tinyserve.errors import DataError
+from tinyserve.errors import DataError, ImageError
 from tinyserve.modelfile import Label
 from training import data
 from training.recipes import RECIPES
@@ -417,6 +417,36 @@ def test_a_damaged_picture_stops_with_its_name_and_their_number(folders):
         assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("skip_bad", [False, True])
+def test_a_picture_that_could_not_be_read_for_a_while_is_read_again(
+    folders, capsys, monkeypatch, skip_bad
+):
+    path = folders / "train" / "jade" / "1.jpg"
+    load = images.load
+
+    def forbidden(source, *, size):
+        if str(source) == str(path):
+            raise ImageError("cannot read: Permission denied")
+        return load(source, size=size)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(images, "load", forbidden)
+        if skip_bad:
+            assert len(data.load(folders, skip_bad=True).train) == 5
+        else:
+            with pytest.raises(DataError, match="Permission denied"):
+                data.load(folders)
+    capsys.readouterr()
+    for _ in range(2):
+        dataset = data.load(folders, skip_bad=skip_bad)
+        assert len(dataset.train) == 6
+        found = [
+            image for image in dataset.train.images if np.array_equal(image, load(path, size=64))
+        ]
+        assert len(found) == 1
+        assert "skipped" not in capsys.readouterr().err
+
+
 def test_only_the_first_few_of_many_damaged_pictures_are_named(folders):
     for path in (folders / "train").rglob("*.jpg"):
         damage(path)
@@ -501,6 +531,15 @@ def no_pictures_in_train(root: Path) -> None:
         path.rename(path.with_suffix(".txt"))
 
 
+def a_class_in_latin_1(root: Path) -> None:
+    for split in ("train", "val"):
+        (root / split / "jade").rename(os.fsdecode(os.fsencode(root / split) + b"/caf\xe9"))
+
+
+def words_in_latin_1(root: Path) -> None:
+    (root / "words.txt").write_bytes(b"jade\tpierre pr\xe9cieuse\n")
+
+
 def unknown_class(root: Path) -> None:
     (root / "val" / "jade").rename(root / "val" / "emerald")
 
@@ -517,6 +556,8 @@ def unknown_class(root: Path) -> None:
         (no_classes, "no class folders"),
         (no_pictures_in_val, "no images in .*val"),
         (no_pictures_in_train, "no images in .*train"),
+        (a_class_in_latin_1, "class folder 'caf.*' is not UTF-8"),
+        (words_in_latin_1, "words.txt is not UTF-8"),
         (unknown_class, "not a class of train/: 'emerald'"),
     ],
 )

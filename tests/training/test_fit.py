@@ -421,6 +421,19 @@ def test_pixel_statistics_are_those_of_the_images_that_count():
     assert torch.allclose(mean.double(), chosen.mean(dim=(0, 1, 2)), atol=1e-4)
 
 
+@pytest.mark.parametrize(("size", "at_a_time"), [(32, 1024), (64, 1024), (128, 256), (1024, 4)])
+def test_large_pictures_are_counted_a_few_at_a_time(monkeypatch, size, at_a_time):
+    parts = []
+    split = torch.Tensor.split
+    monkeypatch.setattr(
+        torch.Tensor, "split", lambda self, count: parts.append(count) or split(self, count)
+    )
+    pictures = torch.randint(0, 256, (5, size, size, 3), dtype=torch.uint8)
+    mean, _ = pixel_statistics(pictures, torch.arange(5), mean_image=False)
+    assert parts == [at_a_time]
+    assert torch.allclose(mean.double(), pictures.double().mean(dim=(0, 1, 2)), atol=1e-4)
+
+
 def test_flat_pictures_can_be_normalised():
     flat = torch.full((3, 8, 8, 3), 7, dtype=torch.uint8)
     _, std = pixel_statistics(flat, torch.arange(3), mean_image=False)
@@ -848,8 +861,10 @@ def test_a_batch_of_one_is_refused_where_batch_norm_cannot_have_it(
     check_one_line("batch")
 
 
-def test_a_run_that_diverges_stops_with_advice(photos, tmp_path, capsys):
-    arguments = "--arch baseline --recipe paper --epochs 1 -b 6 --limit-train 24 --lr 1e38"
+@pytest.mark.parametrize("batch_size", [6, 24])  # after one step, validation alone shows it
+def test_a_run_that_diverges_stops_with_advice(photos, tmp_path, capsys, batch_size):
+    arguments = "--arch baseline --recipe paper --epochs 1 --limit-train 24 --lr 1e38"
+    arguments += f" -b {batch_size}"
     assert fit_here(tmp_path / "run", photos, arguments) == 1
     said = capsys.readouterr().err
     assert "lower --lr" in said.splitlines()[-1]

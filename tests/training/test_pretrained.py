@@ -249,7 +249,7 @@ def test_the_classifier_is_taken_over_only_for_the_same_classes(small_weights):
     for classes in (LABELS, LABELS[::-1], (*LABELS, Label(None, "white"))):
         fresh = ARCHS["inception"](len(classes), batch_norm=True)
         before = fresh.state_dict()["classifier.weight"].clone()
-        pretrained.start_from(fresh, weights, classes)
+        pretrained.start_from(fresh, weights.arch, weights, classes)
         after = fresh.state_dict()
         wanted = weights.state["classifier.weight"] if classes == LABELS else before
         assert torch.equal(after["classifier.weight"], wanted)
@@ -257,7 +257,11 @@ def test_the_classifier_is_taken_over_only_for_the_same_classes(small_weights):
 
 
 def test_weights_of_another_network_are_refused(small_weights):
+    # Its layers are all there in resnet20, which has shortcuts besides.
+    plain = trained("plain20", small_weights, batch_norm=True)
+    with pytest.raises(CheckpointError, match="are of plain20, not of resnet20"):
+        pretrained.start_from(ARCHS["resnet20"](3), "resnet20", plain, plain.labels)
     with pytest.raises(CheckpointError, match="do not fit"):
-        pretrained.start_from(ARCHS["resnet20"](3), small_weights, small_weights.labels)
-    with pytest.raises(CheckpointError, match="do not fit"):
-        pretrained.start_from(baseline(3, image_size=24), small_weights, small_weights.labels)
+        pretrained.start_from(
+            baseline(3, image_size=24), "baseline", small_weights, small_weights.labels
+        )

@@ -342,6 +342,15 @@ def test_every_finished_run_is_listed_with_what_it_came_from(runs, report):
     assert "/secret/place" not in everything
 
 
+def test_images_held_out_for_want_of_a_validation_split_are_said(runs, report):
+    counts = {"train_images": 162, "held_out": 18}
+    write_record(runs / "all", "baseline", CPU, 9, images=18, measured=counts)
+    write_record(runs / "some", "baseline", CPU, 9, images=18, measured=counts, limit_train=1000)
+    rows = rows_of(section(report(), "All finished"))
+    assert [row["train images"] for row in rows] == ["all but 18", "162"]
+    assert {row["validated on"] for row in rows} == {"18 images held out of train"}
+
+
 def test_unfinished_runs_are_named_and_otherwise_left_out(runs, report):
     write_record(runs / "inception-cpu", "inception", CPU, 2703)
     write_record(runs / "begun", "resnet20", {**PAPER, "name": "cpu"}, 9000, finished=False)
@@ -376,6 +385,8 @@ def test_an_ablation_says_what_differs_from_its_base(runs, report):
         teachers=[f"big-one {DIGEST}"],
     )
     write_record(runs / "ablation-same", "resnet20", newer, 2990, holdout=0, compile=False)
+    no_dropout = {**newer, "dropout": 0.0}
+    write_record(runs / "ablation-zero", "resnet20", no_dropout, 2990, compile=False)
     write_record(runs / "ablation-inception-base", "inception", CPU, 2500, limit_train=20_000)
     write_record(runs / "ablation-inception-fp32", "inception", CPU, 2400, precision="fp32")
     text = section(report(), "Ablation")
@@ -386,11 +397,12 @@ def test_an_ablation_says_what_differs_from_its_base(runs, report):
         (
             "`ablation-a-smooth`",
             "label_smoothing 0.05 → 0.1; sizes 24, 32 from 55 % → 32; "
-            "teachers none → big-one; cutmix none → 0.5",
+            "teachers none → big-one; cutmix 0 → 0.5",
             "+1.23",
             "all",
         ),
         ("`ablation-same`", "nothing", "-0.10", "all"),
+        ("`ablation-zero`", "dropout none → 0", "-0.10", "all"),
     ]
     assert [tuple(row[name] for name in columns) for row in rows_of(second)] == [
         ("`ablation-inception-base`", "(the base)", "–", "20,000"),
