@@ -92,7 +92,7 @@ precision() {
 }
 
 # One ingredient of the modern recipe at a time, on images held out of train. A CPU core does a run in
-# ten minutes to half an hour; on a GPU give "-- --epochs 15 --limit-train 95000 -b 512".
+# ten minutes to an hour; on a GPU give "-- --epochs 15 --limit-train 95000 -b 512".
 ablation() {
     local base=(--holdout 5000 --limit-train 20000 --batch-size 128 --set ema=0.99)
     local resnet=("${base[@]}" --arch resnet20 --epochs 5 --lr 0.1 --set 'sizes=[[0,16],[0.4,24]]')
