@@ -99,7 +99,10 @@ def test_the_result_is_in_the_file_the_weights_and_the_words(finished, history):
         "training_seconds",
         "parameters",
         "peak_memory_bytes",
+        "train_images",
+        "held_out",
     }
+    assert (result["train_images"], result["held_out"]) == (27, 0)
     score = result["single centre view"]
     assert score["images"] == 18
     assert score["top1"] == score["correct_top1"] / 18
