@@ -58,7 +58,7 @@ def adopt(
     :class:`~tinyserve.errors.GateError`, leaving no file behind, where the new file does not
     compute what the old one does.
     """
-    if not output.name or output.is_dir():
+    if output.is_dir():
         raise UsageError(f"cannot write {output}: it is a folder")
     onnx = _onnx()
     model = _load(onnx, source)

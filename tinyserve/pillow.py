@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 from PIL.TiffImagePlugin import TiffImageFile
 
-from tinyserve.errors import ImageError
+from tinyserve.errors import ImageError, first_line
 
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF")
 
@@ -55,10 +55,7 @@ def decode(
     except ImageError:
         raise
     except Exception as error:  # Pillow's decoders raise almost anything on damaged data
-        reason = str(error).strip().splitlines()
-        raise ImageError(
-            f"damaged image: {reason[0] if reason else type(error).__name__}"
-        ) from error
+        raise ImageError(f"damaged image: {first_line(error)}") from error
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -104,9 +101,9 @@ def orientation(data: bytes) -> int:
     try:
         # Opening reads the header alone.
         with Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
-            return int(image.getexif().get(_ORIENTATION, 1))
+            return _orientation(image)
     except Exception as error:  # Pillow raises almost anything on damaged data
-        raise ValueError("no readable EXIF data") from error
+        raise ValueError("no readable header") from error
 
 
 def resample_square(

@@ -86,26 +86,29 @@ def were_held_out(training: Training, dataset: Dataset) -> bool:
     The weights that they started from must have been trained with the same images held out, or on
     other data.
     """
-    if len(dataset.held_out) < 2:
-        return False
-    here = dataset.fingerprint, held_out_of(dataset.described)
-    if (training.dataset_fingerprint, held_out_of(training.dataset)) != here:
-        return False
-    return not may_have_seen(training.initial, training.dataset_fingerprint, training.dataset)
+    return (
+        len(dataset.held_out) >= 2
+        and _held_the_same_out(training, dataset.fingerprint, dataset.described)
+        and not may_have_seen(training.initial, training.dataset_fingerprint, training.dataset)
+    )
 
 
 def may_have_seen(training: Training | None, fingerprint: str, described: str) -> bool:
     """Whether weights, or any that they started from, were trained on a data set of this name or
-    fingerprint, but not on the one with both this fingerprint and as many images held out, which
-    are always the same."""
+    fingerprint, but did not hold the same images out."""
     while training is not None:
-        theirs = training.dataset_fingerprint
-        same = theirs == fingerprint and held_out_of(training.dataset) == held_out_of(described)
-        related = theirs == fingerprint or name_of(training.dataset) == name_of(described)
-        if related and not same:
+        same_data = training.dataset_fingerprint == fingerprint
+        related = same_data or name_of(training.dataset) == name_of(described)
+        if related and not _held_the_same_out(training, fingerprint, described):
             return True
         training = training.initial
     return False
+
+
+def _held_the_same_out(training: Training, fingerprint: str, described: str) -> bool:
+    """Of the same data, as many images held out are always the same."""
+    theirs = training.dataset_fingerprint, held_out_of(training.dataset)
+    return theirs == (fingerprint, held_out_of(described))
 
 
 def fit_temperature(logits: Tensor, labels: Tensor) -> float:

@@ -70,9 +70,9 @@ class Record:
     """Of the network; 0 where that was not recorded, as for the next."""
     peak_memory: int = 0
     """Bytes."""
-    trained_on: int | None = None
-    """Images; None where that was not recorded, as for the next."""
-    held_out: int | None = None
+    limit: int | None = None
+    """Images trained on, where not all were to be."""
+    held_out: int = 0
     """Of the training images, for validation."""
 
     @property
@@ -90,22 +90,14 @@ class Record:
 
     @property
     def train_images(self) -> str:
-        limit = self.config.get("limit_train")
-        if limit:
-            return f"{limit if self.trained_on is None else self.trained_on:,}"
-        return f"all but {self._held_out:,}" if self._held_out else "all"
+        if self.limit:
+            return f"{self.limit:,}"
+        return f"all but {self.held_out:,}" if self.held_out else "all"
 
     @property
     def validated_on(self) -> str:
-        if self._held_out:
-            return f"{self._held_out:,} images held out of train"
-        return "validation split"
-
-    @property
-    def _held_out(self) -> int:
-        # What was asked for is 0 where data have no validation split, and some are held out.
-        asked_for = int(self.config.get("holdout") or 0)
-        return asked_for if self.held_out is None else self.held_out
+        held_out = f"{self.held_out:,} images held out of train"
+        return held_out if self.held_out else "validation split"
 
     @property
     def has_own_section(self) -> bool:
@@ -213,6 +205,8 @@ def _read_record(folder: Path) -> Record:
             "arch": str(config["arch"]),
             "config": {**config, "seed": config["seed"], "precision": str(config["precision"])},
             "recipe": recipe,
+            "limit": config.get("limit_train"),
+            "held_out": int(config.get("holdout") or 0),
             "data": str(dataset["name"]),
             "fingerprint": dataset["fingerprint"][:12],
             "hardware": _hardware(environment),
@@ -236,9 +230,11 @@ def _read_record(folder: Path) -> Record:
                 "seconds": float(result["training_seconds"]),
                 "parameters": int(result.get("parameters") or 0),
                 "peak_memory": int(result.get("peak_memory_bytes") or 0),
-                "trained_on": result.get("train_images"),
-                "held_out": result.get("held_out"),
+                # Fewer than asked for, where there are no more; some for want of a val/.
+                "held_out": int(result.get("held_out", facts["held_out"])),
             }
+            if facts["limit"]:
+                facts["limit"] = int(result.get("train_images", facts["limit"]))
             for views in (SINGLE, TEN) if TEN in result else (SINGLE,):
                 images, correct, top5 = (
                     result[views][name] for name in ("images", "correct_top1", "top5")

@@ -65,10 +65,9 @@ def bench(arguments: argparse.Namespace) -> int:
     from tinyserve import bench as bench_module
 
     # Of a model in several precisions, each device gets the file that classify would take there.
-    installed = [str(path.absolute()) for path in installed_models().values()]
     files = [
         (model_file(name, device=device), device)
-        for name in arguments.model or installed
+        for name in arguments.model or installed_models().values()
         for device in arguments.device or [wanted_device(None)]
     ]
     if not files:
