@@ -140,6 +140,12 @@ def test_the_fastest_settings_are_measured_and_used(tinyserve, model, samples, t
     assert f"no settings were measured for {model}; run: tinyserve bench -m {model}" in run.stderr
 
 
+def test_settings_are_not_asked_for_of_a_file_that_is_not_there(tinyserve, samples, tmp_path):
+    run = tinyserve("classify", samples, "-m", tmp_path / "none.onnx", "--tuned")
+    assert run.returncode == 1
+    assert run.stderr == f"tinyserve: no such model file: {tmp_path / 'none.onnx'}\n"
+
+
 @pytest.mark.slow
 def test_the_table_marks_the_fastest_of_each_file(tinyserve, model):
     run = tinyserve("bench", "-m", model, "-j", 1, "-b", 1, 4, "--seconds", 0.05)

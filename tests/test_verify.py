@@ -255,6 +255,18 @@ def test_the_accuracy_is_measured_again(copy, samples, right, capsys):
     assert document["self_test"]["golden_images"] == 8
 
 
+def test_an_unreadable_file_counts_against_the_accuracy_where_it_has_a_label(
+    copy, samples, right, tmp_path, capsys
+):
+    with_evidence(copy, right)
+    data = shutil.copytree(samples, tmp_path / "data")
+    (data / "broken.jpg").write_bytes(b"no picture")
+    assert main(["verify", str(copy), "--data", str(data)]) == 0
+    shutil.copy(data / "broken.jpg", next((data / "bison").iterdir()))
+    assert main(["verify", str(copy), "--data", str(data)]) == 4
+    assert "1 unreadable" in capsys.readouterr().err
+
+
 def test_another_accuracy_is_exit_code_4(copy, samples, right, capsys):
     with_evidence(copy, right + 1)
     assert main(["verify", str(copy), "--data", str(samples)]) == 4

@@ -376,7 +376,10 @@ def find_model(name: str | os.PathLike[str], precisions: Sequence[str] = PRECISI
     :class:`ModelFileError` where there is none.
     """
     if isinstance(name, os.PathLike) or name.endswith(".onnx") or os.sep in name:
-        return Path(name)
+        path = Path(name)
+        if not path.is_file():
+            raise ModelFileError(f"no such model file: {path}")
+        return path
     models = installed_models()
     base, named = _without_precision(name)
     variants = {

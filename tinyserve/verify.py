@@ -72,8 +72,9 @@ def replay(
         raise UsageError("the file carries no accuracy to verify; leave out --data")
     tally = Tally()
     for result in classifier.classify_many(inputs):
-        tally.add(result)
         watch(result)
+        if result.label is not None:  # what else lies in the folder has no part in it
+            tally.add(result)
     if tally.labelled != evidence.val_images:
         raise UsageError(
             f"{tally.labelled:,} labelled images here, but the accuracy in the file is of "
