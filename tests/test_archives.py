@@ -60,6 +60,15 @@ def test_the_official_archive_carries_its_labels(tmp_path, jpeg):
     assert [item.label for item in find_inputs([str(path)])] == ["n01443537", "n03444034"]
 
 
+def test_separators_of_windows_in_a_zip_lead_to_labels(tmp_path, jpeg):
+    path = tmp_path / "photos.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        for member in (r"goldfish\1.jpg", r"val\images\val_0.JPEG"):
+            archive.writestr(member, jpeg)
+        archive.writestr(r"val\val_annotations.txt", "\ufeffval_0.JPEG\tn03444034\t0\n")
+    assert [item.label for item in find_inputs([str(path)])] == ["goldfish", "n03444034"]
+
+
 @pytest.mark.parametrize("name", ["a.zip", "a.tar"])
 def test_names_that_lead_outside_are_only_names(make_archive, jpeg, name, tmp_path):
     path = make_archive(name, ["../../outside.jpg", "/etc/absolute.jpg"])
@@ -109,13 +118,15 @@ def test_the_members_before_the_damage_are_read(make_archive, jpeg, tmp_path):
         last.read()
 
 
-@pytest.mark.parametrize("damage", ["cut off", "overwritten"])
+@pytest.mark.parametrize("damage", ["cut off", "cut off before it", "overwritten"])
 def test_a_damaged_header_is_not_the_end_of_a_tar(make_archive, jpeg, tmp_path, damage):
     path = make_archive("a.tar", [f"cat/{number}.jpg" for number in range(9)])
     content = bytearray((tmp_path / "a.tar").read_bytes())
     header = content.index(b"cat/4.jpg")
     if damage == "cut off":
         del content[header + 300 :]
+    elif damage == "cut off before it":
+        del content[header:]
     else:
         content[header + 148 : header + 156] = b"0000000\0"  # its checksum
     (tmp_path / "a.tar").write_bytes(content)

@@ -1,11 +1,12 @@
 import dataclasses
 import threading
+import unicodedata
 
 import numpy as np
 import pytest
 
 from tinyserve import Classifier
-from tinyserve.classifier import _batches, _label_keys, _Pace, _ranks, likeliest
+from tinyserve.classifier import _batches, _key, _label_keys, _Pace, _ranks, likeliest
 from tinyserve.dataset import Input, find_inputs
 from tinyserve.errors import ImageError, ModelFileError, UsageError
 from tinyserve.members import Member
@@ -68,7 +69,7 @@ def test_many_are_paths_of_any_kind_but_no_single_one(classifier, samples):
     path = samples / "goldfish" / "val_68.JPEG"
     (found,) = classifier.classify_many([path])
     assert (found.path, found.error) == (str(path), None)
-    for one in (str(path), path.read_bytes()):
+    for one in (path, str(path), path.read_bytes()):
         with pytest.raises(TypeError, match="classify takes one"):
             list(classifier.classify_many(one))
     with pytest.raises(TypeError):
@@ -169,6 +170,12 @@ def test_a_failed_input_with_a_label_counts_as_wrong(classifier):
 def test_separators_in_folder_names_do_not_matter(classifier, samples):
     results = classifier.classify_many(find_inputs([str(samples)]))
     assert all(result.label is not None for result in results)
+
+
+def test_letters_match_however_they_are_composed():
+    labels = [Label(None, unicodedata.normalize(form, "Café")) for form in ("NFC", "NFD")]
+    first, second = (_label_keys((label,)) for label in labels)
+    assert first == second == {_key(label.name): 0 for label in labels}
 
 
 def test_a_name_that_two_classes_share_matches_neither():

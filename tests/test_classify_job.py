@@ -13,6 +13,7 @@ import sys
 import tarfile
 import time
 import zipfile
+from pathlib import Path
 
 import pytest
 
@@ -83,11 +84,186 @@ def test_rows_that_no_longer_hold_are_made_anew(samples, tmp_path):
     assert len(rows_of(output)) == len(new) == 2
     assert new[str(changed)]["predictions"] != old[str(changed)]["predictions"]
     assert new[str(broken)]["status"] == "ok"
-    # Another model, or more predictions: nothing holds.
-    for arguments in (["-m", "inception"], ["-k", 3]):
-        run = classify(folder, "-o", output, "--resume", *arguments)
-        assert "done before" not in run.stderr
-        assert len(rows_of(output)) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [(["-m", "inception"], "rows of another model"), (["-k", 3], "go on with -k 5")],
+)
+@pytest.mark.parametrize("suffix", ["jsonl", "csv"])
+def test_the_rows_of_another_job_are_left_alone(samples, tmp_path, suffix, arguments, words):
+    output = tmp_path / f"rows.{suffix}"
+    assert classify(samples / "goldfish", "-o", output).returncode == 0
+    before = output.read_bytes()
+    run = classify(samples / "bison", "-o", output, "--resume", *arguments)
+    assert run.returncode == 2
+    assert words in run.stderr
+    assert output.read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == [output.name]
+
+
+def test_rows_whose_files_are_gone_are_kept(samples, tmp_path):
+    disk = shutil.copytree(samples / "goldfish", tmp_path / "disk")
+    output = tmp_path / "rows.jsonl"
+    assert classify(disk, "-o", output).returncode == 0
+    disk.rename(tmp_path / "unmounted")
+    run = classify(samples / "bison", "-o", output, "--resume")
+    assert "2 of the rows are of inputs that were not asked for now" in run.stderr
+    assert len(rows_of(output)) == 4
+
+
+def test_rows_that_fell_out_and_were_not_asked_for_are_said(samples, tmp_path):
+    folder = shutil.copytree(samples / "goldfish", tmp_path / "goldfish")
+    changed, failed = sorted(folder.iterdir())
+    failed.write_text("no picture")
+    output = tmp_path / "rows.jsonl"
+    assert classify(folder, "-o", output).returncode == 3
+    os.utime(changed, (1, 1))
+    run = classify(samples / "bison", "-o", output, "--resume")
+    assert "2 rows that failed, or no longer hold" in run.stderr
+    assert len(rows_of(output)) == 2
+    assert "no longer" not in classify(samples / "bison", "-o", output, "--resume").stderr
+
+
+def test_of_two_inputs_of_one_name_the_failed_one_stays_failed(samples, tmp_path):
+    path, output = tmp_path / "twice.zip", tmp_path / "rows.jsonl"
+    picture = (samples / "goldfish" / "val_68.JPEG").read_bytes()
+    with zipfile.ZipFile(path, "w") as archive, pytest.warns(UserWarning, match="Duplicate"):
+        for data in (b"no picture", picture):
+            archive.writestr("goldfish/a.jpg", data)
+    assert classify(path, "-o", output).returncode == 3
+    rows = rows_of(output)
+    for _ in range(2):
+        assert classify(path, "-o", output, "--resume").returncode == 3
+        assert rows_of(output) == rows
+
+
+def test_rows_are_made_anew_where_the_labels_were_corrected(samples, tmp_path):
+    val = tmp_path / "val"
+    (val / "images").mkdir(parents=True)
+    for number, picture in enumerate(sorted((samples / "goldfish").iterdir())):
+        shutil.copy(picture, val / "images" / f"val_{number}.JPEG")
+    annotations, output = val / "val_annotations.txt", tmp_path / "rows.jsonl"
+    # A mark of the order of bytes, as Windows' editors write it, is no part of a name.
+    annotations.write_text("val_0.JPEG\tn02410509\nval_1.JPEG\tn01443537\n", "utf-8-sig")
+    assert classify(val, "-o", output).returncode == 0
+    assert [row["label"] for row in rows_of(output)] == ["n02410509", "n01443537"]
+    annotations.write_text("val_0.JPEG\tn01443537\nval_1.JPEG\tn01443537\n")
+    assert "2 images, 1 of them done before" in classify(val, "-o", output, "--resume").stderr
+    assert [row["label"] for row in rows_of(output)] == ["n01443537"] * 2
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "csv"])
+def test_names_that_are_not_utf8_have_one_row_after_all_resumptions(samples, tmp_path, suffix):
+    output = tmp_path / f"rows.{suffix}"
+    path, folder = tmp_path / "odd.tar", tmp_path / "folder"
+    folder.mkdir()
+    picture = shutil.copy(samples / "goldfish" / "val_68.JPEG", os.fsencode(folder) + b"/b\xe9.jpg")
+    with tarfile.open(path, "w", format=tarfile.GNU_FORMAT) as archive:
+        archive.add(picture, "goldfish/caf\udce9.jpg")
+    assert classify(path, folder, "-o", output).returncode == 0
+    before = output.read_bytes()
+    run = classify(path, folder, "-o", output, "--resume")
+    assert "2 images, 2 of them done before" in run.stderr
+    assert output.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("odd", "words"),
+    [
+        ("\n", "0 cells"),
+        ('"quoted", and so on\n', "cells"),
+        ('"never closed\n' + "a line\n" * 2000, "cells in line"),
+        ('"never closed\n' + "a line\n" * 20_000, "field larger"),
+    ],
+)
+def test_a_csv_file_with_an_odd_line_loses_no_rows(samples, tmp_path, odd, words):
+    output = tmp_path / "rows.csv"
+    assert classify(samples / "goldfish", "-o", output).returncode == 0
+    header, first, second = output.read_text().splitlines(keepends=True)
+    output.write_text(text := header + first + odd + second)
+    run = classify(samples / "goldfish", "-o", output, "--resume")
+    assert run.returncode == 2
+    assert "has lines that are no rows of classify" in run.stderr and words in run.stderr
+    assert output.read_text() == text
+
+
+def test_two_jobs_do_not_write_one_output(many, samples, tmp_path):
+    output = tmp_path / "rows.jsonl"
+    with subprocess.Popen([*COMMAND, str(many), "-o", str(output), "-b", "1", "-j", "1"]) as first:
+        while not output.exists():
+            time.sleep(0.001)
+        first.send_signal(signal.SIGSTOP)
+        for more in ([], ["--resume"]):
+            second = classify(samples / "bison", "-o", output, *more)
+            assert second.returncode == 1
+            assert f"cannot write {output}: another job is writing it" in second.stderr
+        first.send_signal(signal.SIGCONT)
+    assert first.returncode == 0
+    assert [row["path"] for row in rows_of(output)] == [
+        str(many / f"{number}.jpg") for number in range(600)
+    ]
+
+
+def test_an_output_does_not_take_the_place_of_an_input(samples, tmp_path):
+    picture = Path(shutil.copy(samples / "goldfish" / "val_68.JPEG", tmp_path / "a.jpg"))
+    before = picture.read_bytes()
+    for option in ("-o", "--summary"):
+        run = classify(picture, "--format", "jsonl", option, picture)
+        assert run.returncode == 2
+        assert "is one of the inputs" in run.stderr
+    assert picture.read_bytes() == before
+    rows = tmp_path / "rows.jsonl"
+    assert classify(picture, "-o", rows, "--summary", rows).returncode == 2
+    os.mkfifo(tmp_path / "pipe")
+    run = classify(picture, "-o", tmp_path / "pipe", "--resume")
+    assert run.returncode == 2
+    assert "is no file" in run.stderr
+
+
+def test_a_summary_is_written_whoever_reads_along_and_whatever_becomes_of_the_report(
+    samples, tmp_path
+):
+    summary = tmp_path / "summary.json"
+    command = [*COMMAND, str(samples / "goldfish"), "--summary", str(summary)]
+    with open("/dev/full", "w") as full:
+        subprocess.run([*command, "-o", "/dev/null"], stderr=full, timeout=60)
+    assert json.loads(summary.read_text())["labelled"] == 2
+    summary.unlink()
+    (tmp_path / "report" / "report.json").mkdir(parents=True)
+    run = classify(*command[len(COMMAND) :], "--report", tmp_path / "report")
+    assert run.returncode == 1
+    assert "top-1" in run.stderr
+    assert json.loads(summary.read_text())["labelled"] == 2
+
+
+@pytest.mark.parametrize("name", ["rows.csv.gz", "rows.tsv", "rows.xlsx"])
+def test_a_suffix_of_no_known_format_is_refused(samples, tmp_path, name):
+    run = classify(samples / "goldfish", "-o", tmp_path / name)
+    assert run.returncode == 2
+    assert "give --format" in run.stderr
+    run = classify(samples / "goldfish", "-o", tmp_path / name, "--format", "csv")
+    assert run.returncode == 0
+
+
+def test_a_parquet_file_is_whole_or_what_it_was(many, tmp_path):
+    pytest.importorskip("pyarrow.parquet")
+    output = tmp_path / "rows.parquet"
+    output.write_text("of an earlier job")
+    command = [*COMMAND, str(many), "-o", str(output), "-b", "1", "-j", "1"]
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as run:
+        while not (tmp_path / ".rows.parquet.candidate").exists():
+            time.sleep(0.001)
+        run.send_signal(signal.SIGINT)
+    assert run.returncode == 130
+    assert output.read_text() == "of an earlier job"
+    assert not (tmp_path / ".rows.parquet.candidate").exists()
+
+
+def test_a_table_does_not_talk_to_the_terminal(samples, tmp_path):
+    shutil.copy(samples / "goldfish" / "val_68.JPEG", tmp_path / "a\x1b[31m\nb.jpg")
+    (line,) = classify(tmp_path).stdout.splitlines()
+    assert "a\\x1b[31m\\nb.jpg" in line
 
 
 def test_inputs_that_are_named_twice_have_two_rows(samples, tmp_path):
@@ -102,10 +278,13 @@ def test_a_job_goes_on_under_another_spelling_of_its_paths(samples, tmp_path):
     shutil.copytree(samples / "goldfish", tmp_path / "goldfish")
     output = tmp_path / "rows.jsonl"
     assert classify("goldfish", "-o", output, cwd=tmp_path).returncode == 0
-    run = classify("./goldfish//", "-o", output, "--resume", cwd=tmp_path)
-    assert "2 images, 2 of them done before" in run.stderr
-    assert "not asked for" not in run.stderr
-    assert len(rows_of(output)) == 2
+    (tmp_path / "goldfish" / "val_68.JPEG").rename(tmp_path / "goldfish" / "a..b.jpg")
+    assert classify("goldfish", "-o", output, cwd=tmp_path).returncode == 0
+    for spelling in ("./goldfish//", tmp_path / "goldfish"):
+        run = classify(spelling, "-o", output, "--resume", cwd=tmp_path)
+        assert "2 images, 2 of them done before" in run.stderr
+        assert "not asked for" not in run.stderr
+        assert len(rows_of(output)) == 2
 
 
 def test_a_job_goes_on_behind_a_link(samples, tmp_path):

@@ -1,6 +1,7 @@
 import io
 import os
 import sys
+import zipfile
 
 import pytest
 
@@ -19,6 +20,13 @@ def test_folders_are_searched_and_sorted_with_numbers_in_numeric_order(tmp_path)
         touch(tmp_path / name)
     found = [os.path.relpath(item.path, tmp_path) for item in find_inputs([str(tmp_path)])]
     assert found == ["a/x.png", "b/val_2.JPEG", "b/val_10.JPEG", "c/deep/y.webp"]
+
+
+def test_every_suffix_of_an_image_counts(tmp_path):
+    for name in ("a.jfif", "b.jpe", "c.JPG", "d.tif", "e.txt"):
+        touch(tmp_path / name)
+    found = [os.path.basename(item.path) for item in find_inputs([str(tmp_path)])]
+    assert found == ["a.jfif", "b.jpe", "c.JPG", "d.tif"]
 
 
 def test_files_come_in_the_order_given_whatever_their_suffix(tmp_path):
@@ -108,6 +116,15 @@ def test_paths_come_in_on_stdin(tmp_path, monkeypatch):
         ("goldfish/1.jpg", "goldfish"),
         ("goldfish/caf\udce9.jpg", "goldfish"),
     ]
+
+
+def test_an_archive_on_stdin_is_opened(tmp_path, monkeypatch):
+    with zipfile.ZipFile(tmp_path / "photos.zip", "w") as archive:
+        archive.writestr("goldfish/1.jpg", b"")
+    lines = f"{tmp_path}/photos.zip\n"
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines.encode())))
+    (found,) = find_inputs(["-"])
+    assert (found.path, found.label) == (f"{tmp_path}/photos.zip/goldfish/1.jpg", "goldfish")
 
 
 def test_a_version_changes_with_the_file_and_inside_an_archive_with_the_archive(tmp_path):

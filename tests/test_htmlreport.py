@@ -337,10 +337,12 @@ def test_a_picture_that_vanished_or_is_damaged_is_said_to_be(card, samples, tmp_
     results = [
         made_result(card, real, 1, 0, 0.9),
         made_result(card, str(tmp_path / "gone.jpg"), 2, 0, 0.8),
+        made_result(card, f"{real}/inside.jpg", 3, 0, 0.7),  # as of an archive
     ]
     found = Document(page(made_report(card, results)))
     assert len(found.all("img")) == 2  # among the confusions and among the mistakes
     assert found.text.count("not at hand any more") == 2
+    assert found.text.count("in an archive") == 2
     (tmp_path / "gone.jpg").write_text("no picture")
     assert Document(page(made_report(card, results))).text.count("cannot be read") == 2
 

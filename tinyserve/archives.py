@@ -61,10 +61,10 @@ def read_texts(path: str, name: str) -> dict[str, str]:
     texts = {}
     with zipfile.ZipFile(path) as archive:
         for info in archive.infolist():
-            folder, base = posixpath.split(info.filename)
+            folder, base = posixpath.split(info.filename.replace("\\", "/"))
             if base == name:
                 try:
-                    texts[folder] = _unzip(archive, info).decode("utf-8", errors="replace")
+                    texts[folder] = _unzip(archive, info).decode("utf-8-sig", errors="replace")
                 except ImageError as error:
                     raise DataError(f"{path}/{info.filename}: {error}") from error
     return texts
@@ -89,14 +89,15 @@ def _unzip(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
 
 
 _BROKEN_HEADERS = (
+    tarfile.EmptyHeaderError,  # type: ignore[attr-defined]
     tarfile.TruncatedHeaderError,  # type: ignore[attr-defined]
     tarfile.InvalidHeaderError,  # type: ignore[attr-defined]
 )
 
 
 class _Header(tarfile.TarInfo):
-    """A member's header. One that is damaged or cut off raises; to :mod:`tarfile` it would be the
-    end of the archive, if it is not the first."""
+    """A member's header. One that is damaged, cut off or missing raises; to :mod:`tarfile` it would
+    be the end of the archive, if it is not the first. A whole archive ends with empty blocks."""
 
     @classmethod
     def fromtarfile(cls, archive: tarfile.TarFile) -> "_Header":

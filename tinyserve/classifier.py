@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import os
 import time
+import unicodedata
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -142,7 +143,7 @@ class Classifier:
         ``batch_size`` is given, batches grow from :data:`FIRST_BATCH` images to
         :data:`LARGEST_BATCH`, as long as they are quickly done.
         """
-        if isinstance(inputs, str | bytes):
+        if isinstance(inputs, str | bytes | os.PathLike):
             raise TypeError("classify_many takes many inputs; classify takes one")
         items = (
             item if isinstance(item, Input) else Input(os.fspath(item), None) for item in inputs
@@ -287,8 +288,9 @@ def _ranks(rows: NDArray[np.float32], indices: Sequence[int | None]) -> Iterator
 
 
 def _key(label: str) -> str:
-    """Folder names and class names that differ only in case and separators are the same."""
-    return label.lower().replace("_", " ").replace("-", " ")
+    """Folder names and class names that differ only in case, separators, and how their letters are
+    composed, which macOS changes, are the same."""
+    return unicodedata.normalize("NFC", label).lower().replace("_", " ").replace("-", " ")
 
 
 def _label_keys(labels: tuple[Label, ...]) -> dict[str, int]:

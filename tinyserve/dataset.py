@@ -98,7 +98,7 @@ def _below(path: str) -> Iterator[Input]:
         return _not_empty(_remote(path), f"no images in {path}")
     if os.path.isdir(path):
         return _not_empty(
-            map(_with_label, walk_images(path)),
+            map(with_label, walk_images(path)),
             f"no images in {path} (looked for {', '.join(sorted(SUFFIXES))})",
         )
     if is_archive(path):
@@ -107,7 +107,7 @@ def _below(path: str) -> Iterator[Input]:
         archives.needs(path)
         return _not_empty(_archived(path), f"no images in {path}")
     if os.path.lexists(path):
-        return iter([_with_label(path)])
+        return iter([with_label(path)])
     if glob.has_magic(path):
         matches = sorted(glob.iglob(path, recursive=True), key=_natural_key)
         return _not_empty(_matched(matches), f"no image matches {path}")
@@ -133,9 +133,9 @@ def _matched(paths: Sequence[str]) -> Iterator[Input]:
         if above in folders:
             continue
         if bare in folders:
-            yield from map(_with_label, walk_images(path))
+            yield from map(with_label, walk_images(path))
         elif is_image_name(path):
-            yield _with_label(path)
+            yield with_label(path)
 
 
 def _listed(lines: Iterable[bytes]) -> Iterator[Input]:
@@ -143,9 +143,11 @@ def _listed(lines: Iterable[bytes]) -> Iterator[Input]:
     for line in lines:
         path = os.fsdecode(line.rstrip(b"\r\n"))
         if os.path.isdir(path):
-            yield from map(_with_label, walk_images(path))
+            yield from map(with_label, walk_images(path))
+        elif is_archive(path):
+            yield from _archived(path)
         elif path:
-            yield _with_label(path)
+            yield with_label(path)
 
 
 def _archived(path: str) -> Iterator[Input]:
@@ -158,7 +160,8 @@ def _archived(path: str) -> Iterator[Input]:
         if not member.name:
             yield Input(path, None, member)
             continue
-        label = member.label or _label(member.name, annotations)
+        # Some zip files are written with Windows' separators.
+        label = member.label or _label(member.name.replace("\\", "/"), annotations)
         yield Input(f"{path}/{member.name}", label, member)
 
 
@@ -219,7 +222,7 @@ def read_annotations(path: str | os.PathLike[str]) -> dict[str, str]:
     Raises :class:`DataError` where it cannot be read.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8-sig")  # Windows' editors put a mark before it
     except (OSError, ValueError) as error:  # other bytes than UTF-8 are a ValueError
         raise DataError(f"cannot read {path}: {error}") from error
     return _parse_annotations(text, str(path))
@@ -236,7 +239,8 @@ def _parse_annotations(text: str, path: str) -> dict[str, str]:
     return labels
 
 
-def _with_label(path: str) -> Input:
+def with_label(path: str) -> Input:
+    """An image file, with the label that its place says."""
     return Input(path, _label(os.path.abspath(path), _annotations_beside))
 
 

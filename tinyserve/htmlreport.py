@@ -10,7 +10,7 @@ from pathlib import Path
 from string import Template
 
 from tinyserve import images
-from tinyserve.dataset import Input
+from tinyserve.dataset import Input, version_of
 from tinyserve.devices import device_name
 from tinyserve.errors import ImageError, OutputError
 from tinyserve.modelfile import candidate
@@ -362,7 +362,9 @@ def _picture(item: Input, described: str) -> str:
         picture = images.thumbnail(item.read(), PICTURE_SIZE)
     except ImageError:
         # Of an archive or a URI, an earlier run's row has the name alone.
-        why = "cannot be read" if os.path.exists(item.path) else "not at hand any more"
+        why = "in an archive" if version_of(item.path) else "not at hand any more"
+        if os.path.exists(item.path):
+            why = "cannot be read"
         return f'<span class="gone" title="{path}">{why}</span>'
     buffer = io.BytesIO()
     picture.save(buffer, "JPEG", quality=85)

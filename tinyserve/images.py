@@ -27,7 +27,9 @@ RESIZE_RULE = (
     "shorter side to size (bilinear, antialiased), centre crop"
 )
 
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff"})
+SUFFIXES = frozenset(
+    {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff"}
+)
 
 MAX_PIXELS = 89_478_485
 """Larger images are refused before they are decoded: a quarter of a gibibyte as RGB, Pillow's own

@@ -10,6 +10,7 @@ import dataclasses
 import json
 import operator
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -18,10 +19,24 @@ from typing import Any, Literal, TextIO
 
 from tinyserve.classifier import Prediction, Result
 from tinyserve.errors import ModelFileError, OutputError, UsageError
-from tinyserve.modelfile import Label
+from tinyserve.modelfile import Label, candidate
+
+try:
+    import fcntl
+except ModuleNotFoundError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 FORMATS = ("table", "jsonl", "csv", "parquet", "submission")
 RESUMABLE = ("jsonl", "csv")
+_SUFFIXES = {
+    "": "jsonl",
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "jsonl",
+    ".txt": "jsonl",
+    ".csv": "csv",
+    ".parquet": "parquet",
+}
 
 Write = Callable[[Result], None]
 
@@ -29,12 +44,23 @@ _FIELDS = ("path", "status", "error", "label", "rank", "correct", "version", "mo
 _PREDICTION = tuple(field.name for field in dataclasses.fields(Prediction))
 _values = operator.attrgetter(*_PREDICTION)
 _PARQUET_ROWS = 10_000  # in memory at a time
+_LONGEST_CUT = 8192
+"""Characters of a row that is cut off behind the end of a line, which can only be one in a path."""
+_NOT_UTF8 = re.compile(r"\\udc([89a-f][0-9a-f])")
+"""A byte of a name that is not UTF-8, as ``backslashreplace`` writes what Python has for it."""
 
 
 def format_of(output: str | None) -> str:
+    """By the suffix; without one, JSON lines. Raises :class:`~tinyserve.errors.UsageError` where it
+    stands for something else."""
     if output is None:
         return "table"
-    return {".csv": "csv", ".parquet": "parquet"}.get(Path(output).suffix.lower(), "jsonl")
+    suffix = Path(output).suffix.lower()
+    if suffix not in _SUFFIXES:
+        raise UsageError(
+            f"no format is known by {suffix} ({output}): name another file, or give --format"
+        )
+    return _SUFFIXES[suffix]
 
 
 @contextlib.contextmanager
@@ -59,7 +85,7 @@ def open_rows(
         with _as_output_error(output), _parquet(output, model) as write:
             yield write
         return
-    with _as_output_error(output), _opened(output, "a" if append else "w") as stream:
+    with _as_output_error(output), _opened(output, append=append) as stream:
         if format_ == "jsonl":
             # What another encoding lacks would be written as Python escapes it, which is no JSON.
             ascii_only = codecs.lookup(stream.encoding or "utf-8").name != "utf-8"
@@ -138,24 +164,30 @@ def _read_csv(stream: TextIO, output: str) -> Iterator[dict[str, Any]]:
         return
     if tuple(header[: len(_FIELDS)]) != _FIELDS:
         raise UsageError(f"{output} does not begin with the columns of classify")
+    try:
+        for cells in rows:
+            if len(cells) == len(header):
+                yield _from_cells(cells)
+            elif next(rows, None) is not None or sum(map(len, cells)) > _LONGEST_CUT:
+                raise ValueError(f"{len(cells)} cells in line {rows.line_num}")
+    except (csv.Error, ValueError) as error:
+        raise UsageError(f"{output} has lines that are no rows of classify ({error})") from error
+
+
+def _from_cells(cells: list[str]) -> dict[str, Any]:
+    values = [cell or None for cell in cells]
+    row: dict[str, Any] = dict(zip(_FIELDS, values, strict=False))
+    row["path"] = _NOT_UTF8.sub(lambda byte: chr(0xDC00 + int(byte[1], 16)), row["path"] or "")
+    row["version"] = row["version"] or ""
+    row["rank"] = None if row["rank"] is None else int(row["rank"])
     width = len(_PREDICTION)
-    for cells in rows:
-        if len(cells) != len(header):
-            return
-        values = [cell or None for cell in cells]
-        row: dict[str, Any] = dict(zip(_FIELDS, values, strict=False))
-        row["version"] = row["version"] or ""
-        numbered = [values[i : i + width] for i in range(len(_FIELDS), len(values), width)]
-        try:
-            row["rank"] = None if row["rank"] is None else int(row["rank"])
-            row["predictions"] = [
-                Prediction(int(index), wnid, name or "", float(probability))
-                for index, wnid, name, probability in numbered
-                if index is not None and probability is not None
-            ]
-        except ValueError as error:
-            raise UsageError(f"{output} has lines that are no rows of classify") from error
-        yield row
+    numbered = [values[i : i + width] for i in range(len(_FIELDS), len(values), width)]
+    row["predictions"] = [
+        Prediction(int(index), wnid, name or "", float(probability))
+        for index, wnid, name, probability in numbered
+        if index is not None and probability is not None
+    ]
+    return row
 
 
 @contextlib.contextmanager
@@ -169,11 +201,31 @@ def _as_output_error(output: str | None) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _opened(output: str | None, mode: Literal["a", "w"]) -> Iterator[TextIO]:
+def _opened(output: str | None, *, append: bool) -> Iterator[TextIO]:
     if output is None:
         yield sys.stdout
         return
+    with locked(output, "a") as stream:
+        if not append and os.path.isfile(output):
+            stream.truncate(0)
+        yield stream
+
+
+@contextlib.contextmanager
+def locked(output: str, mode: Literal["r", "a"]) -> Iterator[TextIO]:
+    """A file of rows, which is of this job alone while it is open.
+
+    Raises :class:`~tinyserve.errors.OutputError` where another job has it.
+    """
     with open(output, mode, encoding="utf-8", errors="backslashreplace", newline="") as stream:
+        # Of a device or a pipe, many may make use at a time.
+        if fcntl is not None and os.path.isfile(output):
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise OutputError(f"cannot write {output}: another job is writing it") from error
+            except OSError:  # some network file systems have no locks
+                pass
         yield stream
 
 
@@ -234,7 +286,11 @@ def _parquet(output: str, model: str) -> Iterator[Write]:
         }
     )
     rows: list[dict[str, Any]] = []
-    with parquet.ParquetWriter(output, schema) as table:
+    # What is cut off is no table, and does not take the place of one.
+    finished: contextlib.AbstractContextManager[Path] = contextlib.nullcontext(Path(output))
+    if os.path.isfile(output) or not os.path.exists(output):
+        finished = candidate(Path(os.path.realpath(output)))
+    with finished as path, parquet.ParquetWriter(path, schema) as table:
 
         def flush() -> None:
             table.write_table(pa.Table.from_pylist(rows, schema))
@@ -257,7 +313,8 @@ def _table_writer(stream: TextIO, widest: int) -> Write:
     path_width = min(widest, columns // 2)
 
     def write(result: Result) -> None:
-        path = result.path
+        # A name from a foreign archive shall not talk to the terminal.
+        path = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in result.path)
         if len(path) > path_width:
             path = "…" + path[1 - path_width :]
         mark = "?" if result.unknown else {None: " ", True: "✓", False: "✗"}[result.correct]

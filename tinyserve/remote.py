@@ -32,7 +32,7 @@ def members(uri: str) -> list[Member]:
 def read_text(uri: str, path: str) -> str | None:
     """A text file in the file system of a URI; None where it cannot be read."""
     try:
-        return _read(_file_system(uri)[0], path).decode("utf-8", errors="replace")
+        return _read(_file_system(uri)[0], path).decode("utf-8-sig", errors="replace")
     except ImageError:
         return None
 

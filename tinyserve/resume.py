@@ -5,23 +5,25 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from tinyserve.classifier import Classifier, Result
-from tinyserve.dataset import Input, version_of
+from tinyserve.dataset import Input, version_of, with_label
 from tinyserve.errors import OutputError, UsageError
-from tinyserve.output import RESUMABLE, open_rows, read_rows
+from tinyserve.output import RESUMABLE, locked, open_rows, read_rows
 
 
 class Resumed:
     """The rows in a job's output that still hold.
 
-    A row holds if it is of this very model and as many predictions, did not fail, and its file has
-    the size and the time that it had; of what is behind a URI these are not known. The others are
-    taken out of the output, which is replaced by what is left of it in one step, so that a kill at
-    any moment loses and doubles nothing. Those that are less sure than ``min_confidence`` become
-    unknown, whatever they were.
+    A row holds if it did not fail and its file has the size, the time and the label that it had, or
+    is not there any more; of what is behind a URI these are not known, and nothing holds. Several
+    rows of one path hold together or not at all. The others are taken out of the output, which is
+    replaced by what is left of it in one step, so that a kill at any moment loses and doubles
+    nothing. Rows that are less sure than ``min_confidence`` become unknown, whatever they were.
     """
 
     others: int = 0
     """Rows that hold and are of none of the inputs; known when :meth:`left` has come to its end."""
+    lost: int = 0
+    """Rows that were taken out and are of none of the inputs; known at the same time."""
 
     def __init__(
         self,
@@ -37,29 +39,39 @@ class Resumed:
         self._output = os.path.realpath(output)
         self._format, self._classifier = format_, classifier
         self._k, self._min_confidence = k, min_confidence
-        # Hashes of paths and not the paths, of which there may be millions.
+        # Rows by hashes of paths and not by paths, of which there may be millions.
         self._done: dict[int, int] = {}
+        self._taken_out: dict[int, int] = {}
 
     def results(self) -> Iterator[Result]:
         """The results of the rows that hold; all must be taken before anything else is done.
 
-        Raises :class:`~tinyserve.errors.UsageError` where the output is none of a job, and
-        :class:`~tinyserve.errors.OutputError` where it cannot be rewritten.
+        Leaves the output as it was, and raises :class:`~tinyserve.errors.UsageError` where it is of
+        no job with this model and as many predictions, and
+        :class:`~tinyserve.errors.OutputError` where it cannot be rewritten or another job has it.
         """
         if not os.path.exists(self._output):
             return
+        if not os.path.isfile(self._output):
+            raise UsageError(f"{self._output} is no file, and no job can go on with it")
         kept = f"{self._output}.kept"
         try:
-            with open_rows(
-                kept, self._format, k=self._k, model=self._classifier.fingerprint
-            ) as write:
+            with (
+                locked(self._output, "r"),
+                open_rows(
+                    kept, self._format, k=self._k, model=self._classifier.fingerprint
+                ) as write,
+            ):
                 for row in read_rows(self._output, self._format):
-                    result = self._result(row)
-                    if result is not None:
-                        key = _key(result.path)
-                        self._done[key] = self._done.get(key, 0) + 1
-                        write(result)
-                        yield result
+                    if not self._holds(row):
+                        _count(self._taken_out, row["path"])
+                for row in read_rows(self._output, self._format):
+                    if _key(row["path"]) in self._taken_out:
+                        continue
+                    _count(self._done, row["path"])
+                    result = self._result(row).at_least(self._min_confidence)
+                    write(result)
+                    yield result
             os.replace(kept, self._output)
         except OSError as error:
             raise OutputError(f"cannot rewrite {self._output}: {error.strerror}") from error
@@ -67,27 +79,41 @@ class Resumed:
             if os.path.exists(kept):
                 os.unlink(kept)
 
-    def _result(self, row: dict[str, Any]) -> Result | None:
-        card = self._classifier.card
-        path, predictions = row["path"], tuple(row["predictions"])
-        if (
-            row["model"] != self._classifier.fingerprint
-            or row["error"] is not None
-            or len(predictions) != self._k
-            or not row["version"]
-            or row["version"] != version_of(path)
-        ):
-            return None
-        index = self._classifier.label_index(row["label"])
-        result = Result(
-            input=Input(path, row["label"]),
+    def _holds(self, row: dict[str, Any]) -> bool:
+        path, version, predictions = row["path"], row["version"], len(row["predictions"])
+        if row["model"] != self._classifier.fingerprint:
+            raise UsageError(
+                f"{self._output} has rows of another model: go on with that one (-m), or begin "
+                "anew, without --resume"
+            )
+        if row["error"] is not None:
+            return False
+        if predictions != self._k:
+            raise UsageError(
+                f"{self._output} has {predictions} predictions a row: go on with -k {predictions}, "
+                "or begin anew, without --resume"
+            )
+        now = version_of(path)
+        if not version or now not in (version, ""):
+            return False
+        # In an archive, the labels have the archive's time.
+        return not os.path.isfile(path) or self._index(with_label(path).label) == self._index(
+            row["label"]
+        )
+
+    def _index(self, label: str | None) -> int | None:
+        return self._classifier.label_index(label)
+
+    def _result(self, row: dict[str, Any]) -> Result:
+        index = self._index(row["label"])
+        return Result(
+            input=Input(row["path"], row["label"]),
             version=row["version"],
             error=None,
-            predictions=predictions,
-            label=None if index is None else card.labels[index],
+            predictions=tuple(row["predictions"]),
+            label=None if index is None else self._classifier.card.labels[index],
             rank=row["rank"],
         )
-        return result.at_least(self._min_confidence)
 
     def left(self, inputs: Iterable[Input]) -> Iterator[Input]:
         """The inputs that have no row yet."""
@@ -96,10 +122,20 @@ class Resumed:
             if rows := self._done.get(key, 0):
                 self._done[key] = rows - 1
             else:
+                self._taken_out.pop(key, None)
                 yield item
         self.others = sum(self._done.values())
+        self.lost = sum(self._taken_out.values())
+
+
+def _count(rows: dict[int, int], path: str) -> None:
+    key = _key(path)
+    rows[key] = rows.get(key, 0) + 1
 
 
 def _key(path: str) -> int:
-    """The same for ``photos/1.jpg`` and ``./photos//1.jpg``; where ``..`` leads, links decide."""
-    return hash(path if ".." in path else os.path.normpath(path))
+    """The same for ``photos/1.jpg``, ``./photos//1.jpg`` and the absolute path; where ``..`` leads,
+    links decide."""
+    whole = path if ".." in path.split(os.sep) else os.path.abspath(path)
+    # As CSV has names that are not UTF-8.
+    return hash(whole.encode(errors="backslashreplace"))

@@ -108,11 +108,7 @@ def add_to(commands: Commands) -> None:
 
 
 def classify(arguments: argparse.Namespace) -> int:
-    # Before the work, not after it.
-    if arguments.summary and not os.path.isdir(os.path.dirname(arguments.summary) or "."):
-        raise OutputError(f"cannot write {arguments.summary}: there is no such folder")
-    if arguments.summary and os.path.isdir(arguments.summary):
-        raise OutputError(f"cannot write {arguments.summary}: it is a folder")
+    _check_outputs(arguments)
     if arguments.ray is not None:
         return _classify_with_ray(arguments)
     output = arguments.output
@@ -190,8 +186,6 @@ def classify(arguments: argparse.Namespace) -> int:
         kept=kept,
         min_confidence=threshold,
     )
-    if arguments.report is not None:
-        htmlreport.write_report(arguments.report, figures.report(summary, arguments.paths))
     code = _conclude(arguments, summary)
     if resumed is not None and resumed.others:
         print(
@@ -199,9 +193,32 @@ def classify(arguments: argparse.Namespace) -> int:
             f"{output} keeps them, and they are counted",
             file=sys.stderr,
         )
+    if resumed is not None and resumed.lost:
+        print(
+            f"tinyserve: {resumed.lost:,} rows that failed, or no longer hold, were of inputs that "
+            f"were not asked for now; they are no longer in {output}",
+            file=sys.stderr,
+        )
     if arguments.report is not None:
+        htmlreport.write_report(arguments.report, figures.report(summary, arguments.paths))
         print(f"report: {arguments.report / htmlreport.PAGE}", file=sys.stderr)
     return code
+
+
+def _check_outputs(arguments: argparse.Namespace) -> None:
+    """Before the work, not after it."""
+    output, summary = arguments.output, arguments.summary
+    if summary and not os.path.isdir(os.path.dirname(summary) or "."):
+        raise OutputError(f"cannot write {summary}: there is no such folder")
+    if summary and os.path.isdir(summary):
+        raise OutputError(f"cannot write {summary}: it is a folder")
+    for path in filter(None, (output, summary)):
+        if os.path.isfile(path) and any(
+            os.path.isfile(given) and os.path.samefile(given, path) for given in arguments.paths
+        ):
+            raise UsageError(f"{path} is one of the inputs: name another output")
+    if output and summary and os.path.realpath(output) == os.path.realpath(summary):
+        raise UsageError(f"{summary} is to hold the rows: name another --summary")
 
 
 def _first(inputs: Iterator[Input]) -> tuple[deque[Input], bool]:
@@ -237,7 +254,7 @@ def _classify_with_ray(arguments: argparse.Namespace) -> int:
         model=arguments.model,
         precision=arguments.precision,
         device=arguments.device or os.environ.get("TINYSERVE_DEVICE") or "auto",
-        format=arguments.format or "jsonl",
+        format=arguments.format or format_of(arguments.output),
         k=arguments.topk,
         batch_size=arguments.batch_size,
         workers=arguments.workers or 1,
@@ -270,6 +287,13 @@ def _classify_with_ray(arguments: argparse.Namespace) -> int:
 
 
 def _conclude(arguments: argparse.Namespace, summary: Summary) -> int:
+    # First what is kept: whoever reads along may have left.
+    if arguments.summary:
+        document = json.dumps(dataclasses.asdict(summary), indent=2) + "\n"
+        try:
+            Path(arguments.summary).write_text(document)
+        except OSError as error:
+            raise OutputError(f"cannot write {arguments.summary}: {error.strerror}") from error
     if arguments.max_errors is not None and summary.failed > arguments.max_errors:
         print(
             f"tinyserve: stopped: more than {arguments.max_errors:,} inputs failed",
@@ -277,12 +301,6 @@ def _conclude(arguments: argparse.Namespace, summary: Summary) -> int:
         )
     for line in _summary_lines(summary):
         print(line, file=sys.stderr)
-    if arguments.summary:
-        document = json.dumps(dataclasses.asdict(summary), indent=2) + "\n"
-        try:
-            Path(arguments.summary).write_text(document)
-        except OSError as error:
-            raise OutputError(f"cannot write {arguments.summary}: {error.strerror}") from error
     return SOME_FAILED if summary.failed else 0
 
 
