@@ -237,6 +237,27 @@ def test_who_fails_fails_alone():
     asyncio.run(main())
 
 
+def test_who_fails_in_part_is_not_computed_on():
+    failed, batches = threading.Event(), []
+
+    def run(images):
+        batches.append(images[:, 0].tolist())
+        if POISON in images:
+            raise ValueError("poison")
+        assert failed.wait(timeout=30)
+        return images.astype(np.float32)
+
+    async def main():
+        batcher = Batcher(run, max_batch_size=1)
+        with pytest.raises(ValueError, match="poison"):
+            await ask(batcher, POISON, 2, 3, 4)
+        failed.set()
+        await batcher.drain()
+        assert batches in ([[POISON]], [[POISON], [2]])  # the thread may have gone on to that
+
+    asyncio.run(main())
+
+
 def test_drain_waits_for_every_place_and_ends_the_thread():
     async def main():
         threads = set(threading.enumerate())

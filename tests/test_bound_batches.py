@@ -121,13 +121,3 @@ def test_threads_do_not_share_buffers(session, batches):
         answers = list(pool.map(batches.run, work))
     for images, found in zip(work, answers, strict=True):
         assert np.abs(found - plain(session, images)).max() < 1e-6
-
-
-@pytest.mark.parametrize(
-    "images",
-    [np.zeros((2, 1, 1, 3), np.uint8), np.zeros((2, 64, 64, 3), np.float32)],
-    ids=["broadcast", "cast"],
-)
-def test_what_is_no_image_is_not_made_one(batches, images):
-    with pytest.raises(ValueError, match="images of shape"):
-        batches.run(images)

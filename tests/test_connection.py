@@ -58,14 +58,20 @@ class App:
         self.may = asyncio.Event()
         self.may.set()
         self.reads_body = True
+        self.bodies: list[bytes] = []
         self.gone: asyncio.Future[None] | None = None
         self.calls = 0
 
     async def __call__(self, scope, receive, send) -> None:
         self.calls += 1
         self.gone = scope[GONE]
-        while self.reads_body and (await receive()).get("more_body"):
-            pass
+        body = b""
+        while self.reads_body:
+            message = await receive()
+            body += message.get("body", b"")
+            if not message.get("more_body"):
+                break
+        self.bodies.append(body)
         await self.may.wait()
         await send({"type": "http.response.start", "status": 200, "headers": [(b"a", b"b")]})
         await send({"type": "http.response.body", "body": b"x"})
@@ -162,10 +168,31 @@ def test_requests_may_follow_each_other_before_their_answers():
     converse(test)
 
 
-def test_requests_that_pile_up_close_the_connection():
+def with_an_offer(request: bytes) -> bytes:
+    """As Java's clients send it, which can do HTTP/2, too."""
+    offer = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAEAAA\r\n"
+    return request.replace(b"\r\n\r\n", b"\r\n" + offer + b"\r\n", 1)
+
+
+@pytest.mark.parametrize("at", [0, 30, -150, -75])
+def test_an_offer_to_speak_http2_is_ignored_and_the_body_is_the_requests_own(at):
+    async def test(app, connection, transport):
+        # A body like a request, which is none.
+        request = with_an_offer(post(len(GET))) + GET
+        connection.data_received((request + with_an_offer(GET)) * 3 + request[:at])
+        connection.data_received(request[at:] + GET)
+        await turns()
+        assert (transport.answers, app.calls, transport.closing) == (8, 8, False)
+        assert app.bodies == [GET, b"", GET, b"", GET, b"", GET, b""]
+
+    converse(test)
+
+
+@pytest.mark.parametrize("request_", [GET, with_an_offer(GET)], ids=["plain", "with an offer"])
+def test_requests_that_pile_up_close_the_connection(request_):
     async def test(app, connection, transport):
         app.may.clear()
-        connection.data_received(GET * 5000)
+        connection.data_received(request_ * 5000)
         assert transport.closing
         assert len(connection.pipeline) < 100
 

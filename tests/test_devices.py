@@ -1,14 +1,18 @@
 """Which devices there are, on machines of several kinds."""
 
+import contextlib
 import importlib.util
 import os
 import re
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
 
+from tinyserve import devices
 from tinyserve.devices import default_threads, device_name, preferred_precisions
 from tinyserve.engine import Engine
 from tinyserve.errors import UsageError
@@ -44,6 +48,33 @@ def test_threads_follow_the_affinity_mask_and_the_environment(monkeypatch):
     monkeypatch.setenv("TINYSERVE_NUM_THREADS", "many")
     with pytest.raises(UsageError, match="TINYSERVE_NUM_THREADS"):
         default_threads()
+
+
+def test_threads_that_look_for_cuda_at_once_leave_stdout_as_it_was(monkeypatch):
+    """A thread would put back what another had put in its place."""
+    calls, second, first_is_over = [], threading.Event(), threading.Event()
+
+    def preload() -> None:
+        calls.append(None)
+        if len(calls) == 1:
+            second.wait(0.5)  # for which it has to wait in vain
+        else:
+            second.set()
+            first_is_over.wait(60)
+
+    monkeypatch.setattr(devices, "driver_problem", lambda: None)
+    monkeypatch.setattr(devices.ort, "preload_dlls", preload)
+    before = sys.stdout
+    threads = [threading.Thread(target=devices.cuda_problem.__wrapped__) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    while threads[0].is_alive() and threads[1].is_alive():
+        time.sleep(0.01)
+    first_is_over.set()
+    for thread in threads:
+        thread.join()
+    assert len(calls) == 2
+    assert sys.stdout is before
 
 
 def run_on(driver: Path, device: str) -> subprocess.CompletedProcess:

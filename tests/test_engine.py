@@ -100,8 +100,20 @@ def test_a_runtime_that_fails_is_one_line(device):
     model = Engine(find_model("inception"), device=device)
     words = f"{device_name(model.provider)} failed with 2 images at a time: "
     with pytest.raises(DeviceError, match=words) as raised:
-        model.run(np.zeros((2, 7, 7, 3), dtype=np.uint8))
+        engine._run(model._session, np.zeros((2, 7, 7, 3), dtype=np.uint8))
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("device", ["cpu", "openvino"])
+def test_what_are_no_images_is_the_callers_error(device):
+    if device == "openvino" and openvino_problem():
+        pytest.skip(openvino_problem())
+    model = Engine(find_model("inception"), device=device)
+    with pytest.raises(TypeError, match="images are float32, not uint8"):
+        model.run(np.zeros((2, 64, 64, 3), np.float32))
+    for shape in [(2, 32, 32, 3), (2, 1, 1, 3), (2, 3, 64, 64), (64, 64, 3), (0, 64, 64, 3)]:
+        with pytest.raises(ValueError, match=r"not \(1 or more, 64, 64, 3\)"):
+            model.run(np.zeros(shape, np.uint8))
 
 
 def test_a_damaged_file_is_one_with_a_gpu_too(monkeypatch, tmp_path):

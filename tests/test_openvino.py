@@ -2,6 +2,8 @@
 
 import dataclasses
 import os
+import select
+import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -89,9 +91,22 @@ def test_answers_stay_with_who_asked(engine, pictures):
             np.testing.assert_array_equal(found, known)
 
 
-def test_images_that_are_not_bytes_are_refused(engine, pictures):
-    with pytest.raises(TypeError, match="images are float32, not uint8"):
-        engine.run(pictures.astype(np.float32))
+def test_a_forked_process_says_so_and_does_not_wait(engine, pictures):
+    engine.run(pictures[:1])
+    reader, writer = os.pipe()
+    if not (child := os.fork()):  # as multiprocessing does
+        try:
+            engine.run(pictures[:1])
+        except DeviceError as error:
+            os.write(writer, str(error).encode())
+        finally:
+            os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader) as said:
+        found = said.read() if select.select([said], [], [], 60)[0] else "nothing"
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    assert "not in this forked process" in found
 
 
 @pytest.mark.parametrize(("threads", "streams"), [(1, 1), (2, 2)])

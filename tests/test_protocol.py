@@ -93,6 +93,8 @@ def outputs(**parameters):
         ({"parameters": {"binary_data_output": True}}, 0, True),
         ({"parameters": {"binary_data_output": True}, **outputs(binary_data=False)}, 0, False),
         ({"parameters": {"priority": 1, "unknown": "x"}}, 0, False),
+        ({"parameters": None, "outputs": None}, 0, False),
+        ({"outputs": [{"name": "probabilities", "parameters": None}]}, 0, False),
     ],
 )
 def test_what_is_wanted(more, classes, binary):

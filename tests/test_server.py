@@ -291,7 +291,7 @@ def test_metrics_count_what_happened(server, goldfish):
 
 def test_keys_open_everything_and_health_needs_none(goldfish, tmp_path):
     keys = tmp_path / "keys"
-    keys.write_text("first\nsecond\n\n")
+    keys.write_text("first\nsecond\n\n", "utf-8-sig")  # as Windows' editors write it
     with running(api_key_file=keys) as server:
         for key in ("first", "second"):
             headers = {"Authorization": f"Bearer {key}"}
@@ -302,9 +302,20 @@ def test_keys_open_everything_and_health_needs_none(goldfish, tmp_path):
                 response = server.get(path, headers=headers)
                 assert (response.status_code, list(response.json())) == (401, ["error"])
                 assert response.headers["www-authenticate"] == "Bearer"
-        assert server.get("/v2/health/live").status_code == 200
+        for path in ("/v2/health/live", "/v2/health/ready"):
+            assert server.get(path).status_code == 200
+            asked = server.request("HEAD", path)
+            assert (asked.status_code, asked.content) == (200, b"")
         document = server.get("/openapi.json", headers={"Authorization": "Bearer first"}).json()
         assert document["security"]
+
+
+def test_all_addresses_are_those_of_ipv4_too():
+    if not socket.has_dualstack_ipv6():
+        pytest.skip("no IPv6 here")
+    with running(host="::") as server:
+        for host in ("127.0.0.1", "[::1]"):
+            assert httpx.get(f"http://{host}:{server.port}/v2/health/live").json() == {"live": True}
 
 
 def test_what_cannot_start_says_why(tmp_path):

@@ -121,7 +121,11 @@ class Batcher:
             self._parts.put(part)
         if len(parts) == 1:
             return await parts[0].answer
-        return np.concatenate(await asyncio.gather(*(part.answer for part in parts)))
+        try:
+            return np.concatenate(await asyncio.gather(*(part.answer for part in parts)))
+        finally:  # where one part fails, nobody wants the others
+            for part in parts:
+                part.answer.cancel()
 
     def _retry_after(self, count: int) -> int:
         """Seconds after which it will be the turn of ``count`` images that are refused.

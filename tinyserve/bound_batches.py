@@ -46,8 +46,6 @@ class BoundBatches:
 
     def run(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Probabilities; see :meth:`tinyserve.engine.Engine.run`."""
-        if images.shape[1:] != self._shape or images.dtype != np.uint8:
-            raise ValueError(f"images of shape {images.shape} and type {images.dtype}")
         answers = []
         while len(images):
             count = self._at_once(len(images))

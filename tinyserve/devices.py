@@ -28,6 +28,8 @@ TENSORRT = "TensorrtExecutionProvider"
 OPENVINO = "OpenVINO"
 """OpenVINO's own runtime, which is no execution provider of ONNX Runtime."""
 
+_redirecting_stdout = threading.Lock()
+"""Each thread puts back what it found, which must not be what another had put there."""
 _importing_openvino = threading.Lock()
 """What :func:`import_openvino` hides for a moment, it hides from all threads."""
 
@@ -70,7 +72,7 @@ def cuda_problem() -> str | None:
         return problem
     # CUDA and cuDNN installed as Python packages are on no library path; this finds them. It prints
     # what it does not find, to stdout.
-    with contextlib.redirect_stdout(io.StringIO()):
+    with _redirecting_stdout, contextlib.redirect_stdout(io.StringIO()):
         ort.preload_dlls()
     if missing := _missing_library("cuda") or _missing_library("cudnn"):
         return f"{missing} cannot be loaded (pip install 'tinyserve[cuda]')"

@@ -126,8 +126,14 @@ class Engine:
         """Probabilities, float32 ``[N, classes]``, rows summing to 1.
 
         ``images``: uint8 ``[N, size, size, 3]``, RGB, ``size`` as in the card; any N from 1 up.
-        Raises :class:`DeviceError` where the device fails, by running out of memory for one.
+        Raises :class:`TypeError` and :class:`ValueError` for others, and :class:`DeviceError` where
+        the device fails, by running out of memory for one.
         """
+        side = self.card.image_size
+        if images.dtype != np.uint8:  # some runtimes would convert them
+            raise TypeError(f"images are {images.dtype}, not uint8")
+        if images.shape[1:] != (side, side, 3) or not len(images):
+            raise ValueError(f"images are {images.shape}, not (1 or more, {side}, {side}, 3)")
         return _run(self._session, images)
 
     def _open_best(self) -> tuple[Session, bool]:
@@ -186,8 +192,6 @@ def read_card(path: str | os.PathLike[str]) -> ModelCard:
 def _run(session: Session, images: NDArray[np.uint8]) -> NDArray[np.float32]:
     try:
         return session.run(images)
-    except TypeError:  # of the caller
-        raise
     except Exception as cause:  # neither runtime's errors share a base class
         count = f"{len(images)} image{'' if len(images) == 1 else 's'} at a time"
         name = device_name(session.provider)

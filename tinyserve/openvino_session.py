@@ -4,6 +4,7 @@
 provider comes in a package that would have to take the place of the one that brings CUDA.
 """
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from queue import SimpleQueue
@@ -50,11 +51,12 @@ class OpenVinoSession:
         # One more than run at once: it is there when another ends, before Python hears of that.
         for _ in range(streams + 1):
             self._requests.put(compiled.create_infer_request())
+        self._process = os.getpid() if streams > 1 else None
 
     def run(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Probabilities; see :meth:`tinyserve.engine.Engine.run`."""
-        if images.dtype != np.uint8:  # OpenVINO would convert them
-            raise TypeError(f"images are {images.dtype}, not uint8")
+        if self._process not in (None, os.getpid()):  # it would wait for them for ever
+            raise RuntimeError("its threads are not in this forked process; load the model here")
         request = self._requests.get()
         try:
             (probabilities,) = request.infer([images], share_inputs=True).values()

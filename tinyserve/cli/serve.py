@@ -1,7 +1,6 @@
 """``tinyserve serve``: models over HTTP."""
 
 import argparse
-import math
 from pathlib import Path
 
 from tinyserve.cli.arguments import Commands, add_device, count, number, whole
@@ -33,7 +32,7 @@ def add_to(commands: Commands) -> None:
     add("--max-batch-size", type=count, default=32, help="default: %(default)s")
     add(
         "--max-delay-ms",
-        type=_not_negative,
+        type=_milliseconds,
         default=0.0,
         help="for which an image waits for others while nothing is computed (default: 0)",
     )
@@ -66,10 +65,10 @@ def serve(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _not_negative(text: str) -> float:
+def _milliseconds(text: str) -> float:
     found = number(text)
-    if not 0 <= found < math.inf:
-        raise argparse.ArgumentTypeError("must be a number from 0")
+    if not 0 <= found <= 60_000:
+        raise argparse.ArgumentTypeError("must be from 0 to 60000")
     return found
 
 

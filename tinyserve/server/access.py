@@ -1,5 +1,6 @@
 """Around every request: its id, who may ask, a log line, and the numbers of it."""
 
+import codecs
 import hmac
 import random
 import re
@@ -87,10 +88,11 @@ class Access:
 def read_keys(path: Path) -> list[bytes]:
     """The keys in a file, one a line. Raises :class:`UsageError` where there is none."""
     try:
-        keys = [line.strip() for line in path.read_bytes().splitlines()]
+        # Windows' editors put a mark before the first.
+        content = path.read_bytes().removeprefix(codecs.BOM_UTF8)
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror}") from error
-    keys = [key for key in keys if key]
+    keys = [key for line in content.splitlines() if (key := line.strip())]
     if not keys:
         raise UsageError(f"{path} holds no key")
     return keys

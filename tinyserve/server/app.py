@@ -114,10 +114,13 @@ def _add_health(app: FastAPI, service: Service) -> None:
             name="tinyserve", version=version(), extensions=list(protocol.EXTENSIONS)
         )
 
+    # Monitors like to ask without wanting to read.
+    @app.head("/v2/health/live", include_in_schema=False)
     @app.get("/v2/health/live", tags=["server"], summary="Whether the server runs")
     async def live() -> schema.Live:
         return schema.Live(live=True)
 
+    @app.head("/v2/health/ready", include_in_schema=False)
     @app.get(
         "/v2/health/ready",
         tags=["server"],

@@ -1,9 +1,11 @@
 """Uvicorn's side of a connection, for a world with slow clients and endless headers."""
 
 import asyncio
+import sys
 from collections.abc import Callable
 from typing import Any, cast
 
+import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from tinyserve.server import Limits
@@ -40,7 +42,7 @@ def protocol(limits: Limits) -> type[HttpToolsProtocol]:
 
         def data_received(self, data: bytes) -> None:
             self._progress = False
-            super().data_received(data)
+            self._parse(data)
             self._other_bytes = 0 if self._progress else self._other_bytes + len(data)
             if self._other_bytes > limits.head_bytes:
                 self.transport.abort()
@@ -51,11 +53,17 @@ def protocol(limits: Limits) -> type[HttpToolsProtocol]:
             else:
                 self._wait_for_a_request()
 
+        def _parse(self, data: bytes) -> None:
+            self._data = data
+            super().data_received(data)
+
         def on_message_begin(self) -> None:
             self._in_message = True
             super().on_message_begin()
 
         def on_headers_complete(self) -> None:
+            if self._offers_upgrade():
+                return
             if len(self.pipeline) >= _MOST_PIPELINED:
                 raise ConnectionError("too many requests at once")  # to the parser, which stops
             cast(dict[str, Any], self.scope)[GONE] = self._gone
@@ -66,11 +74,32 @@ def protocol(limits: Limits) -> type[HttpToolsProtocol]:
             super().on_body(body)
 
         def on_message_complete(self) -> None:
+            if self._offers_upgrade():
+                return
             self._progress, self._in_message = True, False
             super().on_message_complete()
             if not self.pipeline:
                 # A long body paused it. Whether the client is still there is only seen by reading.
                 self.flow.resume_reading()
+
+        def _offers_upgrade(self) -> bool:
+            """As Java's clients offer HTTP/2; to the parser, what follows would be no HTTP/1.1."""
+            return self.parser.should_upgrade() and self.parser.get_method() != b"CONNECT"
+
+        def _unsupported_upgrade_warning(self) -> None:
+            """Called by Uvicorn while it handles the parser's exception: the offer is ignored, as
+            HTTP allows, and the request read again without it."""
+            if not self._offers_upgrade():
+                return
+            stop = cast(httptools.HttpParserUpgrade, sys.exc_info()[1])
+            version = self.parser.get_http_version().encode()
+            head = b"%s %s HTTP/%s\r\n" % (self.parser.get_method(), self.url, version)
+            for name, value in self.headers:
+                if name != b"upgrade":
+                    head += b"%s: %s\r\n" % (name, value)
+            self.parser = httptools.HttpRequestParser(self)
+            self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as Uvicorn
+            self._parse(head + b"\r\n" + self._data[stop.args[0] :])
 
         def on_response_complete(self) -> None:
             super().on_response_complete()

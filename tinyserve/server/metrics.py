@@ -41,7 +41,7 @@ class Metrics:
         )
         stage_seconds = Histogram(
             "tinyserve_stage_seconds",
-            "Of a request: read, decode, compute (with waiting), encode; of a batch: queue, run.",
+            "Of a request: decode, compute (with waiting), encode (infer); of a batch: queue, run.",
             ("stage",),
             buckets=_SECONDS,
             registry=registry,

@@ -12,11 +12,11 @@ import math
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from tinyserve.classifier import likeliest
 from tinyserve.errors import RequestError
@@ -33,6 +33,10 @@ Pixels = NDArray[np.uint8]
 Headers = dict[str, str]
 
 
+# What is optional may be null, as clients write it whose language has types.
+Parameters = Annotated[dict[str, Any], BeforeValidator(lambda x: {} if x is None else x)]
+
+
 class Document(BaseModel):
     """What clients send: of the very types that are asked for, none is converted."""
 
@@ -43,7 +47,7 @@ class InputTensor(Document):
     name: str = Field(examples=[INPUT_NAME, FILES_NAME])
     datatype: str = Field(examples=["UINT8", "BYTES"])
     shape: list[int] = Field(examples=[[1]])
-    parameters: dict[str, Any] = Field(
+    parameters: Parameters = Field(
         default_factory=dict, description="binary_data_size: its bytes after the document"
     )
     data: list[Any] | None = Field(
@@ -53,7 +57,7 @@ class InputTensor(Document):
 
 class OutputWanted(Document):
     name: str = Field(examples=[OUTPUT_NAME])
-    parameters: dict[str, Any] = Field(
+    parameters: Parameters = Field(
         default_factory=dict,
         description="binary_data: after the document; classification: so many classes, as strings",
     )
@@ -61,11 +65,15 @@ class OutputWanted(Document):
 
 class InferDocument(Document):
     id: str | None = None
-    parameters: dict[str, Any] = Field(
+    parameters: Parameters = Field(
         default_factory=dict, description="binary_data_output: binary_data of all outputs"
     )
     inputs: list[InputTensor] = Field(min_length=1, max_length=1)
-    outputs: list[OutputWanted] = Field(default_factory=list, max_length=1)
+    outputs: Annotated[
+        list[OutputWanted],
+        Field(max_length=1),
+        BeforeValidator(lambda x: [] if x is None else x),
+    ] = Field(default_factory=list)
 
 
 class OutputTensor(BaseModel):

@@ -127,7 +127,13 @@ class _Server(uvicorn.Server):
 def _bind(host: str, port: int) -> socket.socket:
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        return socket.create_server(address[:2], family=family, backlog=_BACKLOG)
+        return socket.create_server(
+            address[:2],
+            family=family,
+            backlog=_BACKLOG,
+            # "::" is every address, as it is to other servers.
+            dualstack_ipv6=host == "::" and socket.has_dualstack_ipv6(),
+        )
     except (OSError, UnicodeError) as error:  # no name of a host is so long
         reason = getattr(error, "strerror", None) or error
         raise UsageError(f"cannot listen on {host} port {port}: {reason}") from error
