@@ -1,6 +1,5 @@
 """Which devices there are, on machines of several kinds."""
 
-import contextlib
 import importlib.util
 import os
 import re
