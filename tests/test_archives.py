@@ -185,6 +185,17 @@ def test_a_table_without_images_is_one_input_that_fails(tmp_path):
         item.read()
 
 
+def test_of_several_columns_of_bytes_none_is_guessed(tmp_path, jpeg):
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet
+
+    path = tmp_path / "table.parquet"
+    pyarrow.parquet.write_table(pa.table({"id": [b"1"], "picture": [jpeg]}), path)
+    (found,) = find_inputs([str(path)])
+    with pytest.raises(ImageError, match="which of the columns id, picture has the images"):
+        found.read()
+
+
 def test_a_row_without_an_image_keeps_its_label(tmp_path, jpeg):
     pa = pytest.importorskip("pyarrow")
     import pyarrow.parquet as parquet

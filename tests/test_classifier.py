@@ -72,8 +72,9 @@ def test_many_are_paths_of_any_kind_but_no_single_one(classifier, samples):
     for one in (path, str(path), path.read_bytes()):
         with pytest.raises(TypeError, match="classify takes one"):
             list(classifier.classify_many(one))
-    with pytest.raises(TypeError):
-        list(classifier.classify_many([7]))
+    for no_path in (7, path.read_bytes()):
+        with pytest.raises(TypeError):
+            list(classifier.classify_many([no_path]))
 
 
 def test_a_model_is_named_by_its_path_too(classifier):

@@ -172,7 +172,10 @@ def _image_column(schema: Any) -> str:
     usable = [field.name for field in schema if holds_bytes(field.type)]
     if not usable:
         raise ValueError(f"no column of images among {', '.join(schema.names)}")
-    return next((name for name in _IMAGE_COLUMNS if name in usable), usable[0])
+    named = [name for name in _IMAGE_COLUMNS if name in usable]
+    if not named and len(usable) > 1:
+        raise ValueError(f"which of the columns {', '.join(usable)} has the images? Call it image")
+    return (named or usable)[0]
 
 
 def _label_names(schema: Any) -> list[str] | None:

@@ -145,9 +145,7 @@ class Classifier:
         """
         if isinstance(inputs, str | bytes | os.PathLike):
             raise TypeError("classify_many takes many inputs; classify takes one")
-        items = (
-            item if isinstance(item, Input) else Input(os.fspath(item), None) for item in inputs
-        )
+        items = map(_input, inputs)
         pending: deque[Future[list[Result]]] = deque()
         workers = self.engine.streams + 1
         pace = _Pace(batch_size)
@@ -262,6 +260,14 @@ class _Pace:
         """Several threads may say so; of those with batches of one size only the first counts."""
         if images == self.batch_size < self._most and seconds < _QUICK:
             self.batch_size *= 2
+
+
+def _input(item: Input | str | os.PathLike[str]) -> Input:
+    if isinstance(item, bytes):  # which os.fspath takes for a path
+        raise TypeError(
+            "classify_many takes paths and Inputs; classify takes the bytes of an image"
+        )
+    return item if isinstance(item, Input) else Input(os.fspath(item), None)
 
 
 def _batches(items: Iterator[Input], pace: _Pace, most: int) -> Iterator[list[Input]]:
