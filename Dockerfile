@@ -1,6 +1,8 @@
 # docker build -t tinyserve .                                  for CPUs
 # docker build -t tinyserve --build-arg EXTRAS=serve,cuda .    for NVIDIA GPUs: docker run --gpus all
-# docker run -p 127.0.0.1:8000:8000 tinyserve -m inception
+# docker run --init -p 127.0.0.1:8000:8000 tinyserve -m inception
+#
+# Without --init a SIGTERM before the server is up is lost: the first process ignores it.
 
 FROM python:3.11-slim AS build
 ARG EXTRAS=serve

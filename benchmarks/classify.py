@@ -15,9 +15,9 @@ of its own, forwards and then backwards; medians are printed, and ratios of them
 ``session`` is the model fed from memory, as ``tinyserve bench`` measures it. The peers are in
 ``peers/``, run the same network with the weights of the model file, and are asked for the five
 likeliest classes, in a CSV file, as ours is. ``fastest`` are the settings that were best in one run
-of each candidate, for ours in ``tinyserve bench``. Speeds are without loading the model and listing
-the files. The environment of Hugging Face's peer needs transformers and optimum-onnx; a contender
-that does not run is left out, aloud.
+of each candidate, the defaults among them, for ours in ``tinyserve bench``. Speeds are without
+loading the model and listing the files. The environment of Hugging Face's peer needs transformers
+and optimum-onnx; a contender that does not run is left out, aloud.
 """
 
 import argparse
@@ -53,12 +53,18 @@ START = "import sys; from tinyserve.cli import main; sys.exit(main())"
 TINYSERVE = [sys.executable, "-P", "-c", START]
 PARTS = ("files", "photos", "cold", "memory")
 
-FAST = [("-b", b, "-j", j) for b in ("16", "64", "256") for j in ("1", "2")]
+BATCHES = [("-b", b, "-j", j) for b in ("16", "64", "256") for j in ("1", "2")]
+SMALLER = [("-b", b, "-j", j) for b in ("1", "8", "64") for j in ("0", "1")]
+SMALLER += [("-b", b, "-j", "2") for b in ("1", "8", "64")]
 CANDIDATES: dict[str, list[tuple[str, ...]]] = {
-    "torch": [("--fast", *options) for options in FAST],
-    "timm": [("--amp", "--channels-last", *options) for options in FAST],
-    "huggingface": [("--fast", "-b", b, "-j", j) for b in ("1", "8", "64") for j in ("0", "1")],
+    # In bf16 first, and then in fp32, which is faster on processors that have no bf16.
+    "torch": [(*kind, *options) for kind in (["--fast"], []) for options in BATCHES],
+    "timm": [
+        (*kind, "--channels-last", *options) for kind in (["--amp"], []) for options in BATCHES
+    ],
+    "huggingface": [("--fast", *options) for options in SMALLER],
 }
+"""What a peer is tried with beside its defaults, in this order."""
 SCRIPTS = {
     "torch": "torch_dataloader.py",
     "timm": "timm_loader.py",
@@ -236,7 +242,7 @@ def peers_of(job: Job, arguments: argparse.Namespace) -> list[Contender]:
             tell(f"{job.model}: looking for the fastest settings, {name}")
             speeds = {
                 options: run(options).images_per_second
-                for options in CANDIDATES[name][: arguments.candidates]
+                for options in [(), *CANDIDATES[name][: arguments.candidates]]
             }
         except DoesNotRunError as error:
             tell(f"{job.model}: {name} is left out: {error}")
@@ -420,7 +426,7 @@ def main() -> None:
     add("--limit", type=int, help="files for the peers; ours takes all")
     add("--photos", type=int, default=200, help="default: %(default)s")
     add("--rounds", type=int, default=5, help="default: %(default)s; four times as many cold")
-    add("--candidates", type=int, help="of a peer's fastest settings to try (default: all)")
+    add("--candidates", type=int, help="of a peer's settings to try, beside its own (default: all)")
     add("--seconds", type=float, default=2.0, help="for each figure of bench (default: 2)")
     add("--memory-inputs", type=int, nargs="+", default=[1_000, 100_000], metavar="N")
     add("--peer-python", default=sys.executable, help="with PyTorch and timm (default: this one)")

@@ -25,16 +25,18 @@ import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
 
 from tinyserve import images
 from tinyserve.classifier import Classifier
+from tinyserve.cli.arguments import model_name
 from tinyserve.dataset import walk_images
 from tinyserve.devices import device_name
 
@@ -112,12 +114,18 @@ class Load:
         self.latencies.clear()
         began = time.perf_counter()
         await asyncio.sleep(seconds)
-        while self.open and not self.latencies:  # a busy machine: without an answer no ratios
+        # A busy machine: without an answer no ratios.
+        while self.open and not self.latencies and not self.refused:
             await asyncio.sleep(0.05)
         self.per_second = len(self.latencies) / (time.perf_counter() - began)
         self.stopping = True
         while self.open:
             await asyncio.sleep(0.05)
+
+    @property
+    def refused(self) -> list[int | str]:
+        """The statuses that no later try will change."""
+        return [status for status in self.statuses if status not in (200, 503, "lost")]
 
     def milliseconds(self, quantile: float, after: float = 0) -> float:
         """A quantile of the latencies, of requests sent so many seconds after the first."""
@@ -153,7 +161,7 @@ def infer_requests(model: str, files: list[bytes], size: int, *, pixels: bool) -
         document = {"inputs": [tensor], "parameters": {"binary_data_output": True}}
         head = json.dumps(document).encode()
         headers = {"Inference-Header-Content-Length": str(len(head))}
-        path = f"/v2/models/{model}/infer"
+        path = f"/v2/models/{model_name(model)}/infer"
         requests.append(post(path, head + body, "application/octet-stream", **headers))
     return requests
 
@@ -166,23 +174,32 @@ def form_requests(files: list[bytes]) -> list[bytes]:
 
 
 @contextmanager
-def server(command: list[str], ready: str) -> Iterator[tuple[int, int]]:
-    """A server in a process of its own: its process id and port."""
+def server(command: list[str], ready: str, requests: list[bytes]) -> Iterator[tuple[int, int]]:
+    """A server in a process of its own that answers: its process id and port."""
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    with subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-        env={**os.environ, "PYTHONPATH": path},
-        start_new_session=True,
-    ) as process:
+    with tempfile.TemporaryFile("w+") as errors, ExitStack() as stack:
+        try:
+            process = stack.enter_context(
+                subprocess.Popen(
+                    command,
+                    stdout=subprocess.PIPE,
+                    stderr=errors,
+                    text=True,
+                    env={**os.environ, "PYTHONPATH": path},
+                    start_new_session=True,
+                )
+            )
+        except OSError as error:
+            raise SystemExit(f"{command[0]} does not run: {error.strerror}") from error
         assert process.stdout is not None
         try:
             line = next((line for line in process.stdout if re.search(ready, line)), None)
-            if line is None:
-                raise SystemExit(f"{' '.join(command)} does not start")
-            yield process.pid, int(line.rstrip().rpartition(":")[2])
+            port = 0 if line is None else int(line.rstrip().rpartition(":")[2])
+            if not port or not answers(process, port, requests):
+                errors.seek(0)
+                *_, said = ["", *errors.read().strip().splitlines()]
+                raise SystemExit(f"{' '.join(command)} does not start: {said}")
+            yield process.pid, port
         finally:
             process.terminate()
             with suppress(subprocess.TimeoutExpired):
@@ -234,12 +251,17 @@ def one_alone(classifier: Classifier, pixels: np.ndarray, seconds: float) -> flo
     return statistics.median(times)
 
 
-def wait_until_ready(port: int, requests: list[bytes]) -> None:
-    answered = False
-    while not answered:
+def answers(process: subprocess.Popen[str], port: int, requests: list[bytes]) -> bool:
+    """Wait until a server has answered; False where it ends before."""
+    while process.poll() is None:
         with suppress(ConnectionError):  # it does not listen yet
-            answered = bool(measure(port, requests, 1, 0.5).latencies)
+            load = measure(port, requests, 1, 0.5)
+            if load.refused:
+                raise SystemExit(f"the server answers {load.refused[0]}: {' '.join(process.args)}")
+            if load.latencies:
+                return True
         time.sleep(0.1)
+    return False
 
 
 def compare(model: str, files: list[bytes], arguments: argparse.Namespace) -> None:
@@ -248,8 +270,7 @@ def compare(model: str, files: list[bytes], arguments: argparse.Namespace) -> No
     pixels = np.stack([images.load(data, size=size) for data in files][:BATCH])
     requests = infer_requests(model, files, size, pixels=arguments.pixels)
     print(f"{model} ({classifier.card.precision}) on {device_name(classifier.engine.provider)}")
-    with server(tinyserve(model, arguments.device), r"^http://") as (pid, port):
-        wait_until_ready(port, requests)
+    with server(tinyserve(model, arguments.device), r"^http://", requests) as (pid, port):
         measure(port, requests, max(arguments.connections), 1)  # buffers grow once
         before = resources(pid)
         for connections in arguments.connections:
@@ -286,12 +307,10 @@ def against_litserve(model: str, files: list[bytes], arguments: argparse.Namespa
     # Without a device named, each is as it comes: here the fastest that is installed.
     peer += ["--device", arguments.device] if arguments.device != "auto" else ["--usual"]
     with (
-        server(tinyserve(model, arguments.device), r"^http://") as (our_pid, our_port),
-        server(peer, r"^listening on") as (their_pid, their_port),
+        server(tinyserve(model, arguments.device), r"^http://", ours) as (our_pid, our_port),
+        server(peer, r"^listening on", theirs) as (their_pid, their_port),
     ):
         pids = our_pid, their_pid
-        wait_until_ready(our_port, ours)
-        wait_until_ready(their_port, theirs)
         for connections in arguments.connections:
             pairs, cheaper = [], []
             for _ in range(arguments.rounds):
@@ -312,8 +331,7 @@ def against_litserve(model: str, files: list[bytes], arguments: argparse.Namespa
 def overload(model: str, files: list[bytes], arguments: argparse.Namespace) -> None:
     size = Classifier(model, device=arguments.device).card.image_size
     requests = infer_requests(model, files, size, pixels=arguments.pixels)
-    with server(tinyserve(model, arguments.device), r"^http://") as (pid, port):
-        wait_until_ready(port, requests)
+    with server(tinyserve(model, arguments.device), r"^http://", requests) as (pid, port):
         before = resources(pid)
         load = measure(port, requests, arguments.overload, arguments.seconds)
         bound = 1000 * QUEUE / load.per_second
@@ -339,7 +357,11 @@ def main() -> None:
         "--device", default="cpu", help="auto: each as it comes, LitServe with a plain session"
     )
     parser.add_argument("--pixels", action="store_true", help="send pixels instead of JPEG files")
-    parser.add_argument("--litserve", metavar="PYTHON", help="one that has litserve installed")
+    parser.add_argument(
+        "--litserve",
+        metavar="PYTHON",
+        help="one that has litserve, python-multipart and tinyserve installed",
+    )
     parser.add_argument("--overload", type=int, metavar="CONNECTIONS")
     arguments = parser.parse_args()
     arguments.connections = [int(count) for count in arguments.connections.split(",")]

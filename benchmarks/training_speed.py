@@ -3,7 +3,7 @@
 ::
 
     python benchmarks/training_speed.py --data data/tiny-imagenet-200
-    python benchmarks/training_speed.py --arch resnet20 --size 64 --compile
+    python benchmarks/training_speed.py --data DIR --arch resnet20 --size 64 --compile
 
 The three take turns in one process, several rounds of the same steps each; medians are printed, and
 ratios to the limit. The usual loop is ``ImageFolder``, ``DataLoader`` with a worker a core, and

@@ -2,13 +2,15 @@
 
 import json
 import re
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
 
-from tinyserve.cli import _parser
+from tinyserve.cli import _parser, main
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -39,6 +41,22 @@ def test_exactly_one_onnx_runtime_on_any_platform(system, machine, expected):
 def test_the_base_installation_is_light():
     names = installed(PROJECT["dependencies"], "linux", "x86_64")
     assert names == {"numpy", "pillow", "simplejpeg", "tqdm", "onnxruntime-gpu"}
+
+
+def test_the_version_is_printed(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == f"tinyserve {PROJECT['version']}\n"
+
+
+@pytest.mark.slow
+def test_type_checkers_see_the_types_of_the_installed_package(tmp_path):
+    code = "from tinyserve import Classifier; Classifier(3)"
+    found = subprocess.run(
+        [sys.executable, "-m", "mypy", "-c", code], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert 'Argument 1 to "Classifier" has incompatible type "int"' in found.stdout
 
 
 def test_the_shipped_models_are_small_enough_to_be_cloned():

@@ -281,6 +281,18 @@ def test_other_images_than_those_of_the_evidence_are_refused(copy, samples, righ
     assert "40 labelled images here" in capsys.readouterr().err
 
 
+def test_images_that_training_held_out_are_not_asked_for(copy, samples, right, capsys):
+    with_evidence(copy, right, images=4)
+    graph, card = parts(copy)
+    training = dataclasses.replace(card.training, dataset="photos, 4 held out of train")
+    write_model(copy, graph, dataclasses.replace(card, training=training))
+    assert main(["verify", str(copy), "--data", str(samples)]) == 2
+    said = capsys.readouterr().err
+    assert "40 labelled images here, but the accuracy in the file is of 4 that training" in said
+    assert "leave out --data" in said
+    assert "name the validation split" not in said
+
+
 def test_swapped_labels_under_a_good_seal_change_the_accuracy(copy, samples):
     graph, card = parts(copy)
     classifier = Classifier(str(copy), device="cpu")

@@ -18,3 +18,16 @@ from tinyserve.classifier import Classifier, Prediction, Result
 from tinyserve.errors import TinyserveError
 
 __all__ = ["Classifier", "Prediction", "Result", "TinyserveError"]
+
+
+def __getattr__(name: str) -> str:
+    """``__version__``, "0" in a checkout that is not installed: found only when asked for, which
+    takes a while."""
+    if name != "__version__":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import metadata
+
+    try:
+        return metadata.version("tinyserve")
+    except metadata.PackageNotFoundError:
+        return "0"

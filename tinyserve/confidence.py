@@ -24,9 +24,9 @@ def operating_point(card: ModelCard, target_precision: float) -> OperatingPoint:
             return point
     best = max(points, key=_surely)
     raise UsageError(
-        f"no confidence reaches a precision of {100 * target_precision:g} %: the best is "
-        f"{100 * _surely(best):.1f} %, at {best.threshold:.2f}, with "
-        f"{100 * best.decided / card.calibration.images:.1f} % of the images decided"
+        f"no confidence reaches a precision of {100 * target_precision:g} %: the best, "
+        f"{best.threshold:.2f}, was right on {best.correct:,} of {best.decided:,} held-out images, "
+        f"at least {100 * _surely(best):.1f} % with 95 % confidence; more of them narrow that"
     )
 
 

@@ -18,6 +18,9 @@ OTHER_PROVIDER_SLACK = 0.005
 """The same where the evidence is another provider's. In 8 bits OpenVINO has another top-1 than ONNX
 Runtime on up to 4 % of the images, as often for the better as for the worse."""
 
+HELD_OUT = " held out of train"
+"""So ends what a card says of data without a validation split of its own."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SelfTest:
@@ -76,9 +79,15 @@ def replay(
         if result.label is not None:  # what else lies in the folder has no part in it
             tally.add(result)
     if tally.labelled != evidence.val_images:
+        rest = ": name the validation split that it was measured on"
+        if card.training is not None and card.training.dataset.endswith(HELD_OUT):
+            rest = (
+                " that training held out of its data: leave out --data, or measure another "
+                "accuracy with tinyserve classify"
+            )
         raise UsageError(
             f"{tally.labelled:,} labelled images here, but the accuracy in the file is of "
-            f"{evidence.val_images:,}: name the validation split that it was measured on"
+            f"{evidence.val_images:,}{rest}"
         )
     found = Replay(
         provider=provider,

@@ -31,6 +31,7 @@ from tqdm import tqdm
 from tinyserve import images, kept
 from tinyserve.dataset import ANNOTATIONS, read_annotations, walk_images
 from tinyserve.errors import DataError, ImageError
+from tinyserve.images import SUFFIXES, is_image_name
 from tinyserve.modelfile import Label
 
 DEFAULT_ROOT = Path("data/tiny-imagenet-200")
@@ -43,6 +44,7 @@ HOLDOUT = 0.1
 
 _SPLITS = {"train", "training", "val", "valid", "validation", "dev", "test", "testing"}
 """Names that are meant for splits, not for classes."""
+_WANTED = "wanted <class>/*, or train/<class>/* and val/<class>/*"
 _CACHE_FOLDER = ".tinyserve-cache"
 _CHUNK = 1 << 20
 
@@ -110,7 +112,7 @@ def load(root: Path, *, image_size: int = 64, skip_bad: bool = False, holdout: i
     train_folder = root / "train"
     if not train_folder.is_dir():
         if (root / "val").is_dir():
-            raise DataError(f"{root} has a folder val/, but no train/: wanted train/<class>/*")
+            raise DataError(f"{root} has a folder val/, but no train/: {_WANTED}")
         train_folder = root
     names = sorted(
         entry.name
@@ -118,7 +120,7 @@ def load(root: Path, *, image_size: int = 64, skip_bad: bool = False, holdout: i
         if entry.is_dir() and not entry.name.startswith(".")
     )
     if not names:
-        raise DataError(f"{train_folder} has no class folders: wanted train/<class>/*")
+        raise DataError(f"{train_folder} has no class folders: {_WANTED}")
     if len(names) == 1:
         raise DataError(f"{train_folder} has one class folder, {names[0]}/: wanted two or more")
     if _SPLITS.issuperset(name.lower() for name in names):
@@ -131,17 +133,19 @@ def load(root: Path, *, image_size: int = 64, skip_bad: bool = False, holdout: i
         (path, index[name]) for name in names for path in walk_images(train_folder / name)
     ]
     if not train_files:
-        raise DataError(f"no images in {train_folder}")
+        raise DataError(_no_images(train_folder))
     if empty := sorted(set(names) - {names[label] for _, label in train_files}):
         _note(f"class folders without training images: {_some(empty)}")
+    has_val = (root / "val").is_dir() and not holdout
+    _note_others([*(train_folder / name for name in names), *([root / "val"] if has_val else [])])
     train = _decode_split(root, "train", train_files, image_size, skip_bad=skip_bad)
 
     val_files: list[tuple[str, int]] = []
     held_out = np.array([], dtype=np.int64)
-    if (root / "val").is_dir() and not holdout:
+    if has_val:
         val_files = _val_files(root / "val", index)
         if not val_files:
-            raise DataError(f"no images in {root / 'val'}")
+            raise DataError(_no_images(root / "val"))
         val = _decode_split(root, "val", val_files, image_size, skip_bad=skip_bad)
         _warn_of_duplicates(train.images, val)
     else:
@@ -160,6 +164,30 @@ def load(root: Path, *, image_size: int = 64, skip_bad: bool = False, holdout: i
         held_out=held_out,
         fingerprint=_fingerprint(root, train_files + val_files, with_time=False),
     )
+
+
+def _no_images(folder: Path) -> str:
+    return f"no images in {folder} (looked for {', '.join(sorted(SUFFIXES))})"
+
+
+def _note_others(folders: Iterable[Path]) -> None:
+    """Say how many files below folders are left out, as none of the formats that are read; hidden
+    files and texts are not meant to be."""
+    count, suffixes = 0, set()
+    for folder in folders:
+        for _, _, names in os.walk(folder):
+            for name in names:
+                suffix = os.path.splitext(name)[1].lower()
+                if not (is_image_name(name) or name.startswith(".") or suffix == ".txt"):
+                    count += 1
+                    suffixes.add(suffix or "no suffix")
+    if count:
+        what = (
+            "1 file is no image that is"
+            if count == 1
+            else f"{count:,} files are no images that are"
+        )
+        _note(f"{what} known here ({_some(sorted(suffixes))}), and left out")
 
 
 def _evenly(labels: NDArray[np.int64], count: int) -> NDArray[np.int64]:

@@ -287,7 +287,11 @@ def _parser() -> argparse.ArgumentParser:
         "run", type=Path, help="folder of a finished run, or a file exported from it"
     )
     parser.add_argument(
-        "-o", "--output", type=Path, default=Path("exported"), help="folder to write to"
+        "-o",
+        "--output",
+        type=Path,
+        default=Path("models"),
+        help="folder to write to, default: %(default)s",
     )
     parser.add_argument(
         "--precision", default="fp32", help=f"of {', '.join(BOUNDS)}, separated by commas"

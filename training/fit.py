@@ -5,8 +5,10 @@ Try it on a CPU in a minute, then for real::
     python -m training.fit --arch baseline --recipe cpu --limit-train 10000
     python -m training.fit --arch inception                     # Tiny ImageNet, the modern recipe
     python -m training.fit --arch resnet20 --recipe paper       # as in the paper
-    python -m training.fit --arch resnet20 --data my_photos/    # train/<class>/*, val/<class>/*
+    python -m training.fit --arch resnet20 --data my_photos/
     torchrun --nproc-per-node=4 -m training.fit --arch resnet20     # on four GPUs
+
+``my_photos/`` holds ``<class>/*``, or ``train/<class>/*`` and ``val/<class>/*``.
 
 Stopped runs (Ctrl-C, SIGTERM, a crash) go on with the same command and ``--resume``. A run leaves
 in its folder: ``config.json``, ``history.csv``, ``curves.png``, TensorBoard events,
@@ -177,9 +179,9 @@ def _notes(
         )
     if trainer.steps < FEW_STEPS:
         wanted = math.ceil(FEW_STEPS / trainer.steps_per_epoch)
+        steps = "1 step is" if trainer.steps == 1 else f"{trainer.steps} steps are"
         yield (
-            f"{trainer.steps} steps are few to learn in; --epochs {wanted} makes "
-            f"{wanted * trainer.steps_per_epoch}"
+            f"{steps} few to learn in; --epochs {wanted} makes {wanted * trainer.steps_per_epoch}"
         )
 
 
@@ -363,7 +365,7 @@ def _finish(
         )
     print(
         f"export it with: python -m training.export {shlex.quote(str(run.folder))} -o models/\n"
-        f"serve it with:  tinyserve classify IMAGES -m models/{config.arch}.onnx",
+        f"try it with:    tinyserve classify IMAGES -m models/{config.arch}.onnx",
         file=sys.stderr,
     )
 

@@ -34,7 +34,6 @@ PAPER_HOURS = {"alexnet": "19", "inception": "5", "resnet20": "14"}
 GOAL = 0.5540
 """The paper's best validation top-1."""
 
-NOT_RUN = "This has not been run yet; `benchmarks/train_all.sh` runs it."
 ABSENT = "–"
 ONE_VIEW, TEN_CROPS = "top-1 %, single view", "top-1 %, ten crops"
 
@@ -85,19 +84,24 @@ def results(runs: Sequence[Record], source: Path, album: Album) -> str:
         "nothing in it is typed by hand. Accuracies are in percent of n validation images, with "
         "the 95 % interval in brackets.",
     ]
-    for heading, section in (
-        ("## Table 3: accuracy of the paper's recipe", accuracy(papers, done)),
-        ("## Table 4: size, time and speed of the paper's recipe", cost(papers)),
-        ("## Figures 5 to 7: learning rate, accuracy, loss", curves(papers, done, album)),
-        ("## Section 4.2.3: precision", precision(done)),
-        ("## All finished runs", everything(runs)),
-        ("## Ablation", ablation(done)),
-        ("### Do residual connections help?", residual(done, album)),
-        (f"## Seconds to {_percent(GOAL)} %", race(done)),
-        ("## How these numbers were made", method(done)),
+    for heading, section, group in (
+        ("## Table 3: accuracy of the paper's recipe", accuracy(papers, done), "paper"),
+        ("## Table 4: size, time and speed of the paper's recipe", cost(papers), "paper"),
+        ("## Figures 5 to 7: learning rate, accuracy, loss", curves(papers, done, album), "paper"),
+        ("## Section 4.2.3: precision", precision(done), "precision"),
+        ("## All finished runs", everything(runs), "modern"),
+        ("## Ablation", ablation(done), "ablation"),
+        ("### Do residual connections help?", residual(done, album), "ablation"),
+        (f"## Seconds to {_percent(GOAL)} %", race(done), "modern"),
+        ("## How these numbers were made", method(done), "modern"),
     ):
-        parts += [heading, *(list(section) or [NOT_RUN])]
+        parts += [heading, *(list(section) or [not_run(group)])]
     return "\n\n".join(parts) + "\n"
+
+
+def not_run(group: str) -> str:
+    """What stands in place of a section; ``group`` is that of the runs that it wants."""
+    return f"This has not been run yet; `benchmarks/train_all.sh {group}` runs it."
 
 
 def accuracy(papers: Sequence[Record], done: Sequence[Record]) -> Iterator[str]:
@@ -114,7 +118,7 @@ def accuracy(papers: Sequence[Record], done: Sequence[Record]) -> Iterator[str]:
             "n",
         )
     else:
-        yield NOT_RUN
+        yield not_run("paper")
     others = [run for run in done if run.recipe["name"] == "paper" and not run.has_own_section]
     others = [run for run in others if run not in papers]
     if others:
@@ -137,7 +141,8 @@ def curves(papers: Sequence[Record], done: Sequence[Record], album: Album) -> It
     for run in sorted(others, key=lambda run: run.recipe["name"]):
         groups.setdefault(run.recipe["name"], []).append(run)
     if groups and not papers:
-        yield f"Of the paper's recipe: {NOT_RUN[0].lower()}{NOT_RUN[1:]} Of the others:"
+        words = not_run("paper")
+        yield f"Of the paper's recipe: {words[0].lower()}{words[1:]} Of the others:"
     for recipe, runs in groups.items():
         for name, title, panel in (
             ("learning-rate", "Learning rate", RATE),
@@ -192,7 +197,7 @@ def everything(runs: Sequence[Record]) -> Iterator[str]:
         measured = ("training, s", "hardware", ONE_VIEW, TEN_CROPS, "top-5 %, single view", "n")
         yield _table(done, "model", "run", *settings, "teachers", *measured, "validated on")
     else:
-        yield NOT_RUN
+        yield not_run("modern")
     unfinished = [
         f"`{run.name}` ({len(run.history)} of {run.recipe['epochs']} epochs)"
         for run in runs

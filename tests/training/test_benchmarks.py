@@ -52,17 +52,21 @@ def test_every_run_of_the_paper_is_made_kept_and_reported(photos, tmp_path):
     assert again.stdout.count(f"done, its record is {tmp_path / 'records'}") == 4
 
 
-def test_a_teacher_whose_weights_are_gone_is_named(tmp_path):
+def test_runs_whose_teachers_weights_are_gone_are_left_out_aloud(tmp_path):
     script = ROOT / "benchmarks" / "train_all.sh"
-    for name in re.findall(r"train (ablation-\S+)", script.read_text()):
-        if name != "ablation-fp32-distilled":
-            (tmp_path / "records" / name).mkdir(parents=True)
-            (tmp_path / "records" / name / "result.json").touch()
+    teacher = tmp_path / "records" / "resnet20-modern"
+    teacher.mkdir(parents=True)
+    (teacher / "result.json").touch()
     places = {"RUNS": str(tmp_path / "runs"), "RECORDS": str(tmp_path / "records")}
-    found = run([script, "ablation"], **places, PYTHON="false")
-    assert found.returncode == 1
-    teacher = tmp_path / "runs" / "ablation-fp32-base"
-    assert f"ablation-fp32-distilled learns from {teacher}, whose weights are gone" in found.stderr
+    found = run([script, "modern", "paper", "--", "--epochs", "1"], **places, PYTHON="echo")
+    assert found.returncode == 0
+    weights = tmp_path / "runs" / "resnet20-modern" / "weights.pt"
+    for name in ("inception-modern", "alexnet-modern", "baseline-modern", "resnet20-distilled"):
+        assert (
+            f"{name} is left out: its teacher's weights ({weights}) are gone; remove {teacher} to "
+            "train it again\n"
+        ) in found.stderr
+    assert "out of time in resnet20-paper" in found.stdout  # the first that can be run
 
 
 def test_runs_with_arguments_of_ones_own_are_kept_apart(tmp_path):
@@ -128,6 +132,68 @@ def test_classify_is_printed_beside_its_session_a_peer_and_ten_lines(tmp_path):
     assert [row["name"] for row in document["cold"]][-1] == "ten lines"
     assert [row["inputs"] for row in document["memory"]] == [5, 10]
     assert all(f"ours, {settings}: " in found.stdout for settings in ("default", "fastest"))
+
+
+@pytest.mark.slow
+def test_serving_is_printed_beside_the_model_alone_of_a_file_too():
+    script, model = ROOT / "benchmarks" / "serving.py", find_model("inception")
+    found = run([sys.executable, script, model, "--connections", "1", "--seconds", "0.2"])
+    assert found.returncode == 0, found.stderr
+    assert re.search(r"^ +1 connections: .+ of the model alone", found.stdout, re.M)
+
+
+NOT_FOUND = """
+import http.server
+server = http.server.HTTPServer(("127.0.0.1", 0), http.server.SimpleHTTPRequestHandler)
+print(f"listening on 127.0.0.1:{server.server_port}", flush=True)
+server.serve_forever()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("peer", "words"),
+    [
+        (None, "peer does not run: No such file or directory"),
+        ("raise ImportError('no litserve')", "does not start: ImportError: no litserve"),
+        ("print('listening on 127.0.0.1:1'); exit('no room')", "does not start: no room"),
+        (NOT_FOUND, "the server answers 501: "),
+    ],
+    ids=["not there", "without LitServe", "ends at once", "refuses"],
+)
+def test_a_peer_that_does_not_serve_is_one_line(tmp_path, peer, words):
+    python = tmp_path / "peer"
+    if peer is not None:
+        python.write_text(f"#!{sys.executable}\n{peer}")
+        python.chmod(0o755)
+    script = ROOT / "benchmarks" / "serving.py"
+    found = run([sys.executable, script, "baseline", "--litserve", python, "--connections", "1"])
+    assert found.returncode == 1
+    (line,) = found.stderr.splitlines()
+    assert words in line
+
+
+PEER = """#!{python}
+import json, sys
+with open(sys.argv[sys.argv.index("--rows") + 1], "w") as rows:
+    rows.write("000000.JPEG,0")
+print(json.dumps({{"images": 1, "images_per_second": 1 if "-b" in sys.argv else 9}}))
+"""
+
+
+@pytest.mark.slow
+def test_the_fastest_settings_of_a_peer_may_be_its_defaults(tmp_path, samples):
+    peer = tmp_path / "peer"
+    peer.write_text(PEER.format(python=sys.executable))
+    peer.chmod(0o755)
+    command = [sys.executable, ROOT / "benchmarks" / "classify.py", "--models", "inception"]
+    command += ["--data", samples / "goldfish", "--limit", "1", "--parts", "files", "--rounds", "1"]
+    command += ["--peers", "torch", "--peer-python", peer, "--seconds", "0.02", "--candidates", "1"]
+    found = run([*command, "--json", tmp_path / "found.json"])
+    assert found.returncode == 0, found.stderr
+    document = json.loads((tmp_path / "found.json").read_text())
+    fastest = document["speeds"][0]["contenders"][-1]
+    assert (fastest["name"], fastest["settings"], fastest["options"]) == ("torch", "fastest", "")
 
 
 @pytest.mark.slow

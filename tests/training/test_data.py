@@ -152,6 +152,29 @@ def test_a_class_without_training_images_is_named(folders, capsys):
     assert capsys.readouterr().err == "note: class folders without training images: white\n"
 
 
+def test_files_of_formats_that_are_not_read_are_counted(folders, capsys):
+    jade = folders / "train" / "jade"
+    for path in (jade / "0.HEIC", jade / "1.heic", folders / "val" / "jade" / "2.avif"):
+        path.write_bytes(b"")
+    for name in ("notes.txt", ".DS_Store", "._0.jpg"):
+        (jade / name).write_bytes(b"")
+    assert len(data.load(folders).train) == 6
+    assert capsys.readouterr().err == (
+        "note: 3 files are no images that are known here (.avif, .heic), and left out\n"
+    )
+    data.load(folders, holdout=1)
+    assert "note: 2 files are no images that are known here (.heic)" in capsys.readouterr().err
+    (jade / "1.heic").rename(jade / "1")
+    (jade / "0.HEIC").unlink()
+    data.load(folders, holdout=1)
+    assert "note: 1 file is no image that is known here (no suffix)" in capsys.readouterr().err
+
+
+def test_the_lists_of_tiny_imagenet_are_not_counted_as_files_left_out(tiny_shaped, capsys):
+    data.load(tiny_shaped)
+    assert capsys.readouterr().err == ""
+
+
 def test_of_many_classes_without_training_images_a_few_are_named(folders, capsys):
     for i in range(7):
         (folders / "train" / f"white{i}").mkdir()
@@ -549,13 +572,16 @@ def unknown_class(root: Path) -> None:
     [
         (no_folder, "no such folder"),
         (no_train, "a folder val/, but no train/"),
-        (nothing_at_all, "no class folders: wanted train/<class>/"),
+        (
+            nothing_at_all,
+            "no class folders: wanted <class>/\\*, or train/<class>/\\* and val/<class>/",
+        ),
         (one_class, "one class folder, amber/: wanted two or more"),
         (one_bare_class, "one class folder, photos-of-me/: wanted two or more"),
         (splits_of_other_names, "Training, validation, which look like splits"),
         (no_classes, "no class folders"),
-        (no_pictures_in_val, "no images in .*val"),
-        (no_pictures_in_train, "no images in .*train"),
+        (no_pictures_in_val, "no images in .*val .looked for .bmp, .gif, "),
+        (no_pictures_in_train, "no images in .*train .looked for .bmp, .gif, "),
         (a_class_in_latin_1, "class folder 'caf.*' is not UTF-8"),
         (words_in_latin_1, "words.txt is not UTF-8"),
         (unknown_class, "not a class of train/: 'emerald'"),

@@ -83,6 +83,14 @@ def test_the_file_is_alone_and_its_path_is_said(exported):
 
 
 @pytest.mark.slow
+def test_without_a_folder_named_no_shipped_model_is_overwritten(small_run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert export.main([str(small_run)]) == 0
+    assert os.listdir("models") == ["baseline.onnx"]
+    assert not Path("exported").exists()
+
+
+@pytest.mark.slow
 def test_the_file_is_valid_and_whole(exported):
     model = onnx.load(exported.path, load_external_data=False)
     onnx.checker.check_model(model, full_check=True)

@@ -126,7 +126,7 @@ def test_the_result_is_in_the_file_the_weights_and_the_words(finished, history):
 def test_a_finished_run_ends_with_what_to_do_next(finished):
     assert finished.stderr.splitlines()[-2:] == [
         f"export it with: python -m training.export {finished.folder} -o models/",
-        "serve it with:  tinyserve classify IMAGES -m models/inception.onnx",
+        "try it with:    tinyserve classify IMAGES -m models/inception.onnx",
     ]
 
 
@@ -594,6 +594,7 @@ def test_a_batch_of_few_images_has_a_lower_learning_rate(photos, tmp_path, capsy
     assert (recipe["batch_size"], recipe["lr"]) == (27, pytest.approx(lr))
     said = capsys.readouterr().err
     assert "note: a batch has all 27 images, not 512" in said
+    assert "note: 1 step is few to learn in; --epochs 100 makes 100" in said
     assert ("the learning rate is as much lower: 0.0211" in said) is not given
     # The same command goes on with it.
     assert fit_here(tmp_path / "run", photos, f"{arguments} --resume") == 0
@@ -692,7 +693,7 @@ def test_bare_class_folders_are_enough_to_train(bare, tmp_path, capsys):
     assert "note: 3 steps are few to learn in; --epochs 34 makes 102" in said
     assert said[-2:] == [
         f"export it with: python -m training.export {run} -o models/",
-        "serve it with:  tinyserve classify IMAGES -m models/inception.onnx",
+        "try it with:    tinyserve classify IMAGES -m models/inception.onnx",
     ]
     training = checkpoint.load_weights(run).training
     assert training.dataset == "bare, 2 held out of train"

@@ -15,6 +15,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+import tinyserve
 from tinyserve.errors import TinyserveError, describe_os_error
 
 _COMMANDS = {
@@ -71,11 +72,23 @@ def _let_go_of_stdout() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+class _Version(argparse.Action):
+    """Prints the version. To find it takes a while, which only those wait who ask."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        print("tinyserve", tinyserve.__version__)
+        parser.exit()
+
+
 def _parser(command: str = "") -> argparse.ArgumentParser:
     """For one command, or for all where it is none of them."""
     parser = argparse.ArgumentParser(
-        prog="tinyserve", description="Classify images with small, self-describing ONNX models."
+        prog="tinyserve",
+        description="Classify images with small, self-describing ONNX models.",
+        epilog="Exit codes: 0 fine, 1 failed, 2 wrong usage, 3 some inputs failed, 4 a model is "
+        "not what it was, 5 the device asked for cannot run.",
     )
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version, and end")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     modules = [_COMMANDS[command]] if command in _COMMANDS else _COMMANDS.values()
     for module in dict.fromkeys(modules):

@@ -3,7 +3,6 @@
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from importlib import metadata
 from typing import Any, Literal, cast
 
 from fastapi import FastAPI, Request, Response
@@ -16,6 +15,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
+import tinyserve
 from tinyserve.errors import BusyError, ImageError, RequestError, TinyserveError
 from tinyserve.server import protocol, schema
 from tinyserve.server.inference import INFER, add_classify, add_infer
@@ -36,7 +36,7 @@ def build_app(service: Service, *, with_keys: bool = False) -> FastAPI:
 
     app = FastAPI(
         title="tinyserve",
-        version=version(),
+        version=tinyserve.__version__,
         description="Small image classifiers, over the Open Inference Protocol V2 and for people.",
         docs_url=None,  # FastAPI's pages load their scripts from elsewhere
         redoc_url=None,
@@ -99,19 +99,11 @@ class Shortcut:
         await response(scope, receive, send)
 
 
-def version() -> str:
-    """Of tinyserve; "0" where it runs from a checkout that is not installed."""
-    try:
-        return metadata.version("tinyserve")
-    except metadata.PackageNotFoundError:
-        return "0"
-
-
 def _add_health(app: FastAPI, service: Service) -> None:
     @app.get("/v2", tags=["server"], summary="Name, version, extensions")
     async def server() -> schema.Server:
         return schema.Server(
-            name="tinyserve", version=version(), extensions=list(protocol.EXTENSIONS)
+            name="tinyserve", version=tinyserve.__version__, extensions=list(protocol.EXTENSIONS)
         )
 
     # Monitors like to ask without wanting to read.
