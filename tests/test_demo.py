@@ -86,6 +86,14 @@ def test_a_folder_of_uploads_is_no_upload(answers, tmp_path, name, words):
 def test_what_is_no_upload_is_refused(answers, nonsense):
     with pytest.raises(UsageError, match="uploaded file"):
         answers.classify(nonsense, "baseline")
+    for files in (nonsense, [nonsense]):
+        with pytest.raises(UsageError, match="uploaded file"):
+            answers.inputs(files)
+
+
+def test_one_file_needs_no_list(answers, upload):
+    (found,), (alone,) = answers.inputs([upload]), answers.inputs(upload)
+    assert alone.path == found.path
 
 
 def test_of_archives_only_zip_is_taken(answers, tmp_path):

@@ -1,62 +1,20 @@
 """The demo page, served and opened."""
 
-import dataclasses
-import importlib.util
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from demo_page import (
-    CHROMIUM,
-    ROOT,
-    SITECUSTOMIZE,
-    Server,
-    free_port,
-    noise,
-    open_page,
-    wait_until_printed,
-)
+from demo_page import CHROMIUM, Server, noise, open_page, started
 
 from tinyserve import Classifier
 
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    if importlib.util.find_spec("gradio") is None:
-        pytest.skip("gradio is not installed (pip install 'tinyserve[demo]')")
-    folder = tmp_path_factory.mktemp("app")
-    (folder / "sitecustomize.py").write_text(SITECUSTOMIZE)
-    port = free_port()
-    found = Server(
-        f"http://127.0.0.1:{port}/", folder / "record", folder / "stdout", folder / "stderr"
-    )
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(filter(None, (str(folder), os.environ.get("PYTHONPATH")))),
-        "SOCKET_RECORD": str(found.record),
-        "GRADIO_TEMP_DIR": str(folder / "uploads"),
-    }
-    # Gradio must be kept quiet by the page, not by whoever runs the tests.
-    for name in ("GRADIO_ANALYTICS_ENABLED", "HF_HUB_OFFLINE", "HF_HUB_DISABLE_TELEMETRY"):
-        environment.pop(name, None)
-    command = [sys.executable, "app.py", "--port", str(port)]
-    with (
-        found.stdout.open("wb") as stdout,
-        found.stderr.open("wb") as stderr,
-        subprocess.Popen(command, cwd=ROOT, env=environment, stdout=stdout, stderr=stderr) as app,
-    ):
-        try:
-            wait_until_printed(app, found)
-            yield dataclasses.replace(found, start_errors=found.stderr.read_text())
-        finally:
-            app.terminate()
-            code = app.wait(60)
-    left = [path.name for path in (folder / "uploads").rglob("*.jpg") if path.is_file()]
-    assert (code, left) == (0, [])  # it ends as with Ctrl-C, and keeps nobody's pictures
+    with started("app.py", tmp_path_factory.mktemp("app")) as server:
+        yield server
 
 
 @pytest.fixture(scope="module")

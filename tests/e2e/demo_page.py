@@ -1,10 +1,18 @@
 """The demo page for its tests: the real server, a real browser, and what stands on the page."""
 
+import contextlib
+import dataclasses
 import http.client
+import importlib.util
+import io
+import os
+import signal
 import socket
 import subprocess
+import sys
 import time
-from collections.abc import Callable, Sequence
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,6 +71,8 @@ class Server:
     """What its sockets were asked for, see :data:`SITECUSTOMIZE`."""
     stdout: Path
     stderr: Path
+    temporary: Path
+    """The folder that it has for temporary files."""
     start_errors: str = ""
 
     def outside(self) -> list[str]:
@@ -70,6 +80,53 @@ class Server:
         lines = self.record.read_text().splitlines()
         assert any(line.startswith("local ") for line in lines), "nothing was recorded at all"
         return [line for line in lines if not line.startswith("local ")]
+
+
+@contextlib.contextmanager
+def started(
+    command: str, folder: Path, ended_by: int = signal.SIGTERM, **variables: str
+) -> Iterator[Server]:
+    """The server that a command starts, given a port, until the end of a block.
+
+    ``variables`` are added to its environment. It ends as with Ctrl-C, and keeps nobody's pictures.
+    """
+    if importlib.util.find_spec("gradio") is None:
+        pytest.skip("gradio is not installed (pip install 'tinyserve[demo]')")
+    (folder / "sitecustomize.py").write_text(SITECUSTOMIZE)
+    port = free_port()
+    found = Server(
+        f"http://127.0.0.1:{port}/",
+        *(folder / name for name in ("record", "stdout", "stderr", "temporary")),
+    )
+    found.temporary.mkdir()
+    environment = {
+        **os.environ,
+        **variables,
+        "PYTHONPATH": os.pathsep.join(filter(None, (str(folder), os.environ.get("PYTHONPATH")))),
+        "SOCKET_RECORD": str(found.record),
+        "TMPDIR": str(found.temporary),
+    }
+    # Gradio must be kept quiet and apart by the page, not by whoever runs the tests.
+    for name in (
+        "GRADIO_ANALYTICS_ENABLED",
+        "GRADIO_TEMP_DIR",
+        "HF_HUB_OFFLINE",
+        "HF_HUB_DISABLE_TELEMETRY",
+    ):
+        environment.pop(name, None)
+    arguments = [sys.executable, *command.split(), "--port", str(port)]
+    with (
+        found.stdout.open("wb") as stdout,
+        found.stderr.open("wb") as stderr,
+        subprocess.Popen(arguments, cwd=ROOT, env=environment, stdout=stdout, stderr=stderr) as app,
+    ):
+        try:
+            wait_until_printed(app, found)
+            yield dataclasses.replace(found, start_errors=found.stderr.read_text())
+        finally:
+            app.send_signal(ended_by)
+            code = app.wait(60)
+    assert (code, list(found.temporary.iterdir())) == (0, [])
 
 
 def noise(seed: int) -> Image.Image:
@@ -94,6 +151,15 @@ def save(path: Path) -> None:
         image.save(path, save_all=True, append_images=[noise(5)])
     else:
         (image.convert("L") if path.stem == "grey" else image).save(path, quality=80)
+
+
+def save_many(path: Path, count: int) -> None:
+    """An archive of large pictures, all the same, which take a while to decode."""
+    picture = io.BytesIO()
+    noise(7).resize((1000, 1000)).save(picture, "PNG")
+    with zipfile.ZipFile(path, "w") as zipped:
+        for number in range(count):
+            zipped.writestr(f"{number}.png", picture.getvalue())
 
 
 def open_page(context: Any, server: Server) -> Any:

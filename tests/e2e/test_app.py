@@ -3,8 +3,11 @@
 import http.client
 import io
 import json
+import os
 import re
+import signal
 import socket
+import stat
 import subprocess
 import sys
 from collections import Counter
@@ -24,7 +27,9 @@ from demo_page import (
     noise,
     on_this_machine,
     save,
+    save_many,
     shown,
+    started,
     upload,
     wait_for,
     words,
@@ -348,6 +353,52 @@ with fastapi.testclient.TestClient(app) as client:
     assert ran.stdout.split() == ["/classify", "/compare", "/explain", "/classify_many", "/models"]
 
 
+def test_an_application_that_has_gradio_keeps_its_uploads_where_they_are() -> None:
+    script = """
+import os
+import gradio
+from tinyserve import Classifier
+from tinyserve.demo import build_page
+before = gradio.utils.get_upload_folder()
+assert build_page(["baseline"], Classifier).GRADIO_CACHE == before, before
+assert "GRADIO_TEMP_DIR" not in os.environ
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "GRADIO_TEMP_DIR"}
+    command = [sys.executable, "-W", "ignore", "-c", script]
+    ran = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert (ran.returncode, ran.stderr) == (0, "")
+
+
+def test_uploads_are_in_a_folder_of_their_own(client: Any, server: Server, jpeg: Path) -> None:
+    from gradio_client import handle_file
+
+    client.predict(handle_file(jpeg), api_name="/classify")
+    (folder,) = server.temporary.iterdir()
+    assert folder.name.startswith("tinyserve-")
+    assert stat.S_IMODE(folder.stat().st_mode) == stat.S_IRWXU
+    assert any(path.read_bytes() == jpeg.read_bytes() for path in folder.glob("*/picture.jpg"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("command", "ended_by"),
+    [
+        ("app.py", signal.SIGTERM),
+        ("app.py", signal.SIGINT),
+        ("-m tinyserve.cli serve --ui", signal.SIGTERM),
+        ("-m tinyserve.cli serve --ui", signal.SIGINT),
+    ],
+)
+def test_an_end_during_a_job_leaves_no_uploads(command: str, ended_by: int, tmp_path: Path) -> None:
+    gradio_client = pytest.importorskip("gradio_client", reason="gradio is not installed")
+    path = tmp_path / "many.zip"
+    save_many(path, 40)
+    with started(command, tmp_path, ended_by) as server:
+        client = gradio_client.Client(server.url, verbose=False, analytics_enabled=False)
+        job = client.submit([gradio_client.handle_file(path)], api_name="/classify_many")
+        wait_for(lambda: job.status().code.name == "PROCESSING")
+
+
 def test_start_is_quiet(server: Server) -> None:
     url, line = server.stdout.read_text().splitlines()
     assert url == server.url
@@ -361,8 +412,21 @@ def test_start_is_quiet(server: Server) -> None:
         (["--model", "nope"], "", 1, "unknown model 'nope'"),
         (["--port", "{taken}"], "", 2, "cannot listen on 127.0.0.1 port"),
         ([], "sys.modules['gradio'] = None", 2, "pip install 'tinyserve[demo]'"),
+        (
+            [],
+            "import os; os.environ['GRADIO_TEMP_DIR'] = '/proc/none'",
+            2,
+            "no folder for uploads: [Errno 2] No such file or directory: '/proc/none'",
+        ),
+        (
+            [],
+            # As where everything is read-only: no file can be given a first byte.
+            "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))",
+            2,
+            "no folder for uploads: [Errno 2] No usable temporary directory found",
+        ),
     ],
-    ids=["model", "port", "gradio"],
+    ids=["model", "port", "gradio", "uploads", "read-only"],
 )
 def test_failed_start_is_one_line(
     options: Sequence[str], before: str, code: int, words: str

@@ -1,18 +1,20 @@
 """The other tabs of the demo page, many pictures and models, and the looks of all of them."""
 
 import csv
+import os
+import shutil
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from demo_page import Server, open_page, shown, wait_for, words
+from demo_page import Server, open_page, shown, started, wait_for, words
 
 from tinyserve import Classifier
 from tinyserve.dataset import find_inputs
 from tinyserve.engine import read_card
-from tinyserve.modelfile import installed_models
+from tinyserve.modelfile import PRECISIONS, find_model, installed_models
 from tinyserve.report import Tally
 
 BAD = {
@@ -188,6 +190,70 @@ def test_fits_phones_and_desktops_in_light_and_dark(wide: Any, scheme: str, tmp_
     keep("models")
 
 
+@pytest.fixture(scope="module")
+def own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Server]]:
+    """A page that shows a model by a long path; among the installed ones is a broken one."""
+    folder = tmp_path_factory.mktemp("own")
+    path = folder / ("of-models-" * 10) / "baseline_that_somebody_has_trained_anew.onnx"
+    broken = path.parent / ("of_installed_models_" * 4) / "broken.onnx"
+    broken.parent.mkdir(parents=True)
+    broken.write_text("no model")
+    shutil.copy(find_model("baseline", PRECISIONS[::-1]), path)
+    models = f"{broken.parent}{os.pathsep}{os.environ['TINYSERVE_MODELS']}"
+    with started(f"app.py --model {path}", folder, TINYSERVE_MODELS=models) as server:
+        yield path, server
+
+
+@pytest.mark.slow
+@pytest.mark.browser
+@pytest.mark.parametrize("width", [390, 1280])
+def test_long_paths_cut_nothing_off(
+    own: tuple[Path, Server], browser: Any, width: int, tmp_path: Path
+) -> None:
+    path, server = own
+
+    def check(page: Any, *places: str) -> None:
+        page.screenshot(path=tmp_path / f"{width}-{len(places)}.png", full_page=True)
+        for place in places:
+            parts = page.locator(place).filter(visible=True).all()
+            assert parts
+            for part in parts:
+                scroll, client = part.evaluate("e => [e.scrollWidth, e.clientWidth]")
+                assert scroll <= client, f"{place} is cut off"
+
+    with browser.new_context(viewport={"width": width, "height": 844}) as context:
+        page = open_page(context, server)
+        page.locator("#samples .gallery-item").first.click()
+        page.wait_for_selector("#models table")
+        assert str(path.parent) in words(page, "#models [colspan]")
+        page.get_by_role("button", name="Where did it look?").click()
+        page.wait_for_selector("#heat img")
+        check(page, "fieldset", "#models.block", "#heat-note")
+        # What is too wide all the same, a class of one long word, can be scrolled to.
+        models = page.locator("#models.block")
+        assert models.evaluate("e => getComputedStyle(e).overflowX") == "auto"
+        page.get_by_label("broken", exact=True).first.check()
+        page.wait_for_selector("#classes .problem")
+        check(page, "#classes.block")
+        page.get_by_role("tab", name="Models").click()
+        page.wait_for_selector(".cards article")
+        check(page, ".cards article", ".cards")
+
+
+@pytest.mark.slow
+@pytest.mark.browser
+def test_ones_own_model_is_described_too(own: tuple[Path, Server], browser: Any) -> None:
+    path, server = own
+    with browser.new_context() as context:
+        page = open_page(context, server)
+        page.get_by_role("tab", name="Models").click()
+        page.wait_for_selector(".cards article")
+        names = page.locator(".cards h3").all_inner_texts()
+        assert sorted(names) == sorted([*installed_models(), "broken", str(path)])
+        article = page.locator(".cards article", has=page.get_by_text(str(path), exact=True))
+        assert f"{read_card(path).parameters:,}" in article.inner_text()
+
+
 def test_many_by_name(client: Any, classifier: Classifier, archive: Path, samples: Path) -> None:
     from gradio_client import handle_file
 
@@ -202,6 +268,24 @@ def test_many_by_name(client: Any, classifier: Classifier, archive: Path, sample
             [p.probability for p in result.predictions], abs=1e-6
         )
     assert [row["correct"] for row in rows[:200]] == [result.correct for result in results[:200]]
+
+
+def test_one_file_by_name_needs_no_list(client: Any, samples: Path) -> None:
+    from gradio_client import handle_file
+
+    photo = handle_file(samples / "tabby" / "val_76.JPEG")
+    alone = client.predict(photo, api_name="/classify_many")
+    assert alone == client.predict([photo], api_name="/classify_many")
+
+
+@pytest.mark.parametrize("nonsense", [None, 5, "path"])
+def test_what_is_no_file_is_refused_in_words(client: Any, server: Server, nonsense: object) -> None:
+    from gradio_client.exceptions import AppError
+
+    before = server.stderr.read_text()
+    with pytest.raises(AppError, match=r"^send an uploaded file$"):
+        client.predict(nonsense, api_name="/classify_many")
+    assert server.stderr.read_text() == before
 
 
 def test_too_many_are_refused(client: Any, tmp_path: Path) -> None:

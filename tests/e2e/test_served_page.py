@@ -7,6 +7,7 @@ import time
 
 import httpx
 import pytest
+from demo_page import save_many, wait_for
 from serving import SECONDS, running
 
 from tinyserve import Classifier
@@ -24,6 +25,43 @@ def server():
     with running("inception", ui=True) as server:
         yield server
     gc.collect()  # what they leave open is closed here, where that is no failure of another test
+
+
+@pytest.fixture(scope="module")
+def bare():
+    """A server without the page."""
+    with running("inception") as server:
+        yield server
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("GET", "/v2"),
+        ("GET", "/v2/"),
+        ("GET", "/v2/nowhere"),
+        ("GET", "/v2/models/nope"),
+        ("GET", "/v2/models/inception/ready/"),
+        ("GET", "/v2/models/inception/infer"),
+        ("PUT", "/v2/models/inception/infer"),
+        ("DELETE", "/v2/health/live"),
+        ("GET", "/classify"),
+        ("POST", "/classify/"),
+        ("POST", "/classify/nowhere"),
+        ("POST", "/metrics"),
+        ("GET", "/metrics/"),
+        ("GET", "/docs/nowhere"),
+        ("POST", "/openapi.json"),
+    ],
+)
+def test_the_page_changes_no_answer_of_the_protocol(server, bare, method, path):
+    with_page, without = server.request(method, path), bare.request(method, path)
+    assert with_page.status_code == without.status_code
+    assert with_page.text == without.text
+    for name in ("allow", "content-type"):
+        assert with_page.headers.get(name) == without.headers.get(name)
+    leads_to = [httpx.URL(a.headers.get("location", "")).path for a in (with_page, without)]
+    assert leads_to[0] == leads_to[1]
 
 
 def test_the_page_takes_no_route_away(server):
@@ -46,6 +84,26 @@ def test_the_same_picture_has_the_same_answer_everywhere(server, samples):
     for predictions in (posted, page["predictions"]):
         found = [prediction["probability"] for prediction in predictions]
         assert found == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_long_job_holds_nobody_up(server, samples, tmp_path):
+    from gradio_client import Client, handle_file
+
+    def rows(client, path):
+        return client.submit([handle_file(path)], "inception", api_name="/classify_many")
+
+    address = f"http://127.0.0.1:{server.port}"
+    patient, quick = (Client(address, verbose=False) for _ in range(2))
+    photo = samples / "teapot" / "val_568.JPEG"
+    alone = rows(quick, photo).result()
+    save_many(tmp_path / "many.zip", 60)
+    long = rows(patient, tmp_path / "many.zip")
+    wait_for(lambda: long.status().code.name == "PROCESSING")
+    meanwhile = rows(quick, photo).result()
+    assert not long.done()
+    assert [row["predictions"] for row in meanwhile] == [row["predictions"] for row in alone]
+    each = [[p["probability"] for p in row["predictions"]] for row in long.result()]
+    assert each == [pytest.approx(each[0], abs=1e-6)] * 60
 
 
 def test_the_page_offers_what_is_served_and_what_is_installed(tmp_path):

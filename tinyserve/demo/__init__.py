@@ -70,7 +70,7 @@ def serve(host: str, port: int, model: str, device_wanted: str | None) -> None:
         while True:
             time.sleep(3600)
     finally:
-        page.close(verbose=False)  # which deletes what was uploaded
+        page.close(verbose=False)
 
 
 def _port(text: str) -> int:

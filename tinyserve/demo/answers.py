@@ -95,10 +95,10 @@ class Answers:
         best = classifier.classify(self._file(picture), k=1)[0]
         return best, occlude(classifier.engine, self.seen(picture, model), best.index)
 
-    def inputs(self, files: Sequence[Upload]) -> list[Input]:
-        """All pictures in files that are pictures or zip archives of pictures."""
+    def inputs(self, files: list[Upload] | Upload) -> list[Input]:
+        """All pictures in files, or in one, that are pictures or zip archives of pictures."""
         found: list[Input] = []
-        for upload in files:
+        for upload in files if isinstance(files, list) else [files]:
             file = self._file(upload)
             # Other archives are read from their beginning: counting would be reading them whole.
             if is_archive(str(file)) and file.suffix.lower() != ".zip":

@@ -52,9 +52,9 @@ def add(answers: Answers, model: str) -> None:
         }
 
     @errors_in_words()
-    def classify_many(files: list[Upload], model: str = model) -> list[dict[str, Any]]:
-        """A row for every picture in files and zip archives: what ``tinyserve classify`` writes as
-        JSON lines, with ``picture`` for ``path``."""
+    def classify_many(files: list[Upload] | Upload, model: str = model) -> list[dict[str, Any]]:
+        """A row for every picture in files and zip archives, or in one: what ``tinyserve classify``
+        writes as JSON lines, with ``picture`` for ``path``."""
         classifier = answers.classifier(model)
         results = classifier.classify_many(answers.inputs(files))
         rows = [document(result, classifier.fingerprint) for result in results]

@@ -79,7 +79,7 @@ def build(answers: Answers, model: str) -> None:
         ]
 
     def classify_files(
-        files: Sequence[Upload] | None,
+        files: list[Upload] | None,
         model: str,
         progress: gr.Progress = gr.Progress(),  # noqa: B008 (where Gradio looks for it)
     ) -> list[Any]:

@@ -1,9 +1,12 @@
-"""The tab that says what is known of every installed model."""
+"""The tab that says what is known of every model that is installed or served."""
 
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tinyserve.classifier import Classifier
 from tinyserve.demo.render import count, problem, seen_words, share_bar
 from tinyserve.devices import device_name
 from tinyserve.engine import read_card
@@ -14,17 +17,32 @@ if TYPE_CHECKING:
     import gradio as gr
 
 
-def build(tab: "gr.Tab") -> None:
-    """Add the tab's content, which is read from the files whenever the tab is opened."""
+def build(tab: "gr.Tab", served: Sequence[str], load: Callable[[str], Classifier]) -> None:
+    """Add the tab's content, which is read from the files whenever the tab is opened.
+
+    ``served`` and ``load`` are :func:`~tinyserve.demo.page.build_page`'s.
+    """
     import gradio as gr
 
     cards = gr.HTML("Reading the files …")
-    tab.select(_cards, None, cards, api_visibility="private")
+    tab.select(lambda: _cards(_files(served, load)), None, cards, api_visibility="private")
 
 
-def _cards() -> str:
-    """An article for each installed file."""
-    articles = "".join(_card(*installed) for installed in installed_models().items())
+def _files(served: Sequence[str], load: Callable[[str], Classifier]) -> dict[str, Path]:
+    """Every installed file by its name, and those that are served from elsewhere by theirs."""
+    files = installed_models()
+    installed = {path.absolute() for path in files.values()}
+    for name in served:
+        with contextlib.suppress(TinyserveError):  # the other tabs say why it cannot be loaded
+            path = load(name).engine.path
+            if path.absolute() not in installed:
+                files[name] = path
+    return files
+
+
+def _cards(files: Mapping[str, Path]) -> str:
+    """An article for each file."""
+    articles = "".join(_card(*file) for file in files.items())
     return f'<div class="cards">{articles}</div>'
 
 

@@ -1,6 +1,10 @@
 """The page as a whole, and how it keeps to itself."""
 
+import atexit
 import os
+import shutil
+import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -8,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from tinyserve.classifier import Classifier
 from tinyserve.demo import endpoints, many_pictures, model_cards, one_picture
 from tinyserve.demo.answers import Answers
+from tinyserve.devices import default_threads
 from tinyserve.errors import UsageError
 from tinyserve.modelfile import model_names
 
@@ -30,8 +35,12 @@ def build_page(served: Sequence[str], load: Callable[[str], Classifier]) -> "gr.
     """The page, not yet served; :func:`options` says how to.
 
     It offers the models ``served``, the first of which is chosen at first, and those that are
-    installed. ``load`` gives the classifier of a name and keeps it:
-    it is called for every answer. Raises :class:`UsageError` where Gradio is not installed.
+    installed. ``load`` gives the classifier of a name and keeps it: it is called for every answer.
+    Raises :class:`UsageError` where Gradio is not installed, or nothing can be uploaded to.
+
+    Uploads go to a new folder below ``$GRADIO_TEMP_DIR``, or the system's for temporary files, that
+    is removed when the process ends; that variable then names it. Where Gradio is imported already,
+    they go where it puts them.
     """
     _prepare_gradio()
     import gradio as gr
@@ -48,7 +57,10 @@ def build_page(served: Sequence[str], load: Callable[[str], Classifier]) -> "gr.
         with gr.Tab("Many pictures"):
             many_pictures.build(answers, model)
         with gr.Tab("Models") as tab:
-            model_cards.build(tab)
+            model_cards.build(tab, served, load)
+    # Gradio's own limit is one: a visitor with a thousand pictures would hold up all others. A job
+    # of the largest pictures takes half a gibibyte.
+    page.queue(default_concurrency_limit=min(4, max(2, default_threads())))
     return page
 
 
@@ -71,10 +83,12 @@ def options() -> dict[str, Any]:
 
 
 def _prepare_gradio() -> None:
-    """Before it is imported: no telemetry. After: no fetching of addresses."""
+    """Before it is imported: no telemetry, our own uploads. After: no fetching of addresses."""
     # Gradio asks its own server whether it is up; that must not go through a proxy.
     direct = ",".join(filter(None, (os.environ.get("NO_PROXY"), "localhost,127.0.0.1")))
     os.environ.update(_ENVIRONMENT, NO_PROXY=direct)
+    if "gradio" not in sys.modules:  # or it would no longer find what it has put elsewhere
+        _keep_uploads_apart()
     try:
         import gradio as gr
         from gradio import processing_utils
@@ -86,3 +100,17 @@ def _prepare_gradio() -> None:
 
     # A caller of the API may name an address in place of a file; Gradio would fetch it.
     processing_utils.async_ssrf_protected_download = refuse
+
+
+def _keep_uploads_apart() -> None:
+    """Gradio's own folder is one for all its applications, and belongs to whoever came first."""
+    parent = os.environ.get("GRADIO_TEMP_DIR")
+    try:
+        if parent:
+            Path(parent).mkdir(parents=True, exist_ok=True)
+        folder = tempfile.mkdtemp(prefix="tinyserve-", dir=parent or None)
+    except OSError as error:
+        variable = "GRADIO_TEMP_DIR" if parent else "TMPDIR"
+        raise UsageError(f"no folder for uploads: {error}; {variable} may name one") from error
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    os.environ["GRADIO_TEMP_DIR"] = folder

@@ -2,9 +2,10 @@
 
 import asyncio
 import functools
+from collections.abc import Container
 
 from fastapi import FastAPI
-from starlette.routing import Mount
+from starlette.routing import Match, Mount, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tinyserve.classifier import Classifier
@@ -14,7 +15,8 @@ from tinyserve.server.service import Service
 def add_page(app: FastAPI, service: Service) -> None:
     """Put the page at ``/``, behind all routes that there are.
 
-    Raises :class:`~tinyserve.errors.UsageError` where Gradio is not installed.
+    Raises :class:`~tinyserve.errors.UsageError` where Gradio is not installed, or nothing can be
+    uploaded to.
     """
     from tinyserve.demo import build_page, options
 
@@ -33,9 +35,29 @@ def add_page(app: FastAPI, service: Service) -> None:
     import gradio
 
     gradio.mount_gradio_app(app, page, "/", **options())
-    mount = app.routes[-1]
+    mount = app.routes.pop()
     assert isinstance(mount, Mount)
-    mount.app = _UntilTheEnd(mount.app, service.ended)
+    taken = {_beginning(route.path) for route in app.routes if isinstance(route, Route)}
+    app.routes.append(_Page(_UntilTheEnd(mount.app, service.ended), taken))
+
+
+def _beginning(path: str) -> str:
+    """What stands between the first slash and the second."""
+    return path[1:].partition("/")[0]
+
+
+class _Page(Mount):
+    """``app`` for all paths but those that begin as the ones ``taken``: what the application does
+    not have there, it says as it does without a page."""
+
+    def __init__(self, app: ASGIApp, taken: Container[str]) -> None:
+        super().__init__("/", app)
+        self._taken = taken
+
+    def matches(self, scope: Scope) -> tuple[Match, Scope]:
+        if _beginning(scope["path"]) in self._taken:
+            return Match.NONE, {}
+        return super().matches(scope)
 
 
 class _UntilTheEnd:
