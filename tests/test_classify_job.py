@@ -17,6 +17,10 @@ from pathlib import Path
 
 import pytest
 
+from tinyserve.classifier import Classifier
+from tinyserve.errors import OutputError
+from tinyserve.resume import Resumed
+
 COMMAND = (sys.executable, "-m", "tinyserve.cli", "classify", "-m", "baseline", "--device", "cpu")
 
 
@@ -203,6 +207,22 @@ def test_two_jobs_do_not_write_one_output(many, samples, tmp_path):
     assert [row["path"] for row in rows_of(output)] == [
         str(many / f"{number}.jpg") for number in range(600)
     ]
+
+
+def test_a_job_that_is_going_on_already_is_not_disturbed(samples, tmp_path):
+    output = tmp_path / "rows.jsonl"
+    assert classify(samples / "goldfish", "-o", output).returncode == 0
+    before = output.read_bytes()
+    first, second = (
+        Resumed(str(output), "jsonl", Classifier("baseline", device="cpu"), k=5).results()
+        for _ in range(2)
+    )
+    next(first)
+    with pytest.raises(OutputError, match="another job is writing it"):
+        next(second)
+    assert len(list(first)) == 1
+    assert output.read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == [output.name]
 
 
 def test_an_output_does_not_take_the_place_of_an_input(samples, tmp_path):

@@ -15,7 +15,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal, TextIO
+from typing import Any, TextIO
 
 from tinyserve.classifier import Prediction, Result
 from tinyserve.errors import ModelFileError, OutputError, UsageError
@@ -205,28 +205,33 @@ def _opened(output: str | None, *, append: bool) -> Iterator[TextIO]:
     if output is None:
         yield sys.stdout
         return
-    with locked(output, "a") as stream:
+    with (
+        open(output, "a", encoding="utf-8", errors="backslashreplace", newline="") as stream,
+        locked(output),
+    ):
         if not append and os.path.isfile(output):
             stream.truncate(0)
         yield stream
 
 
 @contextlib.contextmanager
-def locked(output: str, mode: Literal["r", "a"]) -> Iterator[TextIO]:
-    """A file of rows, which is of this job alone while it is open.
+def locked(output: str) -> Iterator[None]:
+    """A file of rows is this job's alone.
 
-    Raises :class:`~tinyserve.errors.OutputError` where another job has it.
+    Raises :class:`~tinyserve.errors.OutputError` where it is another's.
     """
-    with open(output, mode, encoding="utf-8", errors="backslashreplace", newline="") as stream:
-        # Of a device or a pipe, many may make use at a time.
-        if fcntl is not None and os.path.isfile(output):
-            try:
-                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise OutputError(f"cannot write {output}: another job is writing it") from error
-            except OSError:  # some network file systems have no locks
-                pass
-        yield stream
+    # Of a device or a pipe, many may make use at a time.
+    if fcntl is None or not os.path.isfile(output):
+        yield
+        return
+    with open(output, "rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise OutputError(f"cannot write {output}: another job is writing it") from error
+        except OSError:  # some network file systems have no locks
+            pass
+        yield
 
 
 def _csv_writer(stream: TextIO, k: int, model: str, *, header: bool) -> Write:

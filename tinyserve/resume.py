@@ -2,11 +2,13 @@
 
 import os
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 from tinyserve.classifier import Classifier, Result
 from tinyserve.dataset import Input, version_of, with_label
 from tinyserve.errors import OutputError, UsageError
+from tinyserve.modelfile import candidate
 from tinyserve.output import RESUMABLE, locked, open_rows, read_rows
 
 
@@ -54,12 +56,12 @@ class Resumed:
             return
         if not os.path.isfile(self._output):
             raise UsageError(f"{self._output} is no file, and no job can go on with it")
-        kept = f"{self._output}.kept"
         try:
             with (
-                locked(self._output, "r"),
+                locked(self._output),
+                candidate(Path(self._output)) as kept,
                 open_rows(
-                    kept, self._format, k=self._k, model=self._classifier.fingerprint
+                    str(kept), self._format, k=self._k, model=self._classifier.fingerprint
                 ) as write,
             ):
                 for row in read_rows(self._output, self._format):
@@ -72,12 +74,8 @@ class Resumed:
                     result = self._result(row).at_least(self._min_confidence)
                     write(result)
                     yield result
-            os.replace(kept, self._output)
         except OSError as error:
             raise OutputError(f"cannot rewrite {self._output}: {error.strerror}") from error
-        finally:
-            if os.path.exists(kept):
-                os.unlink(kept)
 
     def _holds(self, row: dict[str, Any]) -> bool:
         path, version, predictions = row["path"], row["version"], len(row["predictions"])
