@@ -184,6 +184,7 @@ def test_an_offer_to_speak_http2_is_ignored_and_the_body_is_the_requests_own(at)
         await turns()
         assert (transport.answers, app.calls, transport.closing) == (8, 8, False)
         assert app.bodies == [GET, b"", GET, b"", GET, b"", GET, b""]
+        assert connection._data == b""
 
     converse(test)
 

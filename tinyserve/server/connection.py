@@ -56,6 +56,7 @@ def protocol(limits: Limits) -> type[HttpToolsProtocol]:
         def _parse(self, data: bytes) -> None:
             self._data = data
             super().data_received(data)
+            self._data = b""  # an idle connection is to hold nothing
 
         def on_message_begin(self) -> None:
             self._in_message = True
