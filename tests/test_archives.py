@@ -133,7 +133,8 @@ def test_a_damaged_header_is_not_the_end_of_a_tar(make_archive, jpeg, tmp_path, 
     *good, last = find_inputs([path])
     assert [item.path for item in good] == [f"{path}/cat/{number}.jpg" for number in range(4)]
     assert all(item.read() == jpeg for item in good)
-    with pytest.raises(ImageError, match=f"the archive: damaged after {header:,} bytes"):
+    words = "it ends" if damage == "cut off before it" else "damaged"
+    with pytest.raises(ImageError, match=f"the archive: {words} after {header:,} bytes"):
         last.read()
 
 

@@ -52,11 +52,13 @@ def test_the_version_is_printed(capsys):
 
 @pytest.mark.slow
 def test_type_checkers_see_the_types_of_the_installed_package(tmp_path):
-    code = "from tinyserve import Classifier; Classifier(3)"
+    code = "from tinyserve import Classifier, Clasifier, __version__; Classifier(3)"
     found = subprocess.run(
         [sys.executable, "-m", "mypy", "-c", code], cwd=tmp_path, capture_output=True, text=True
     )
     assert 'Argument 1 to "Classifier" has incompatible type "int"' in found.stdout
+    assert 'Module "tinyserve" has no attribute "Clasifier"' in found.stdout
+    assert "__version__" not in found.stdout
 
 
 def test_the_shipped_models_are_small_enough_to_be_cloned():

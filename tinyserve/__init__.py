@@ -9,6 +9,7 @@
 """
 
 import os
+from typing import TYPE_CHECKING
 
 # Before ONNX Runtime is imported, which otherwise reports every session to its makers and leaves an
 # identifier of the machine in the home directory.
@@ -20,14 +21,18 @@ from tinyserve.errors import TinyserveError
 __all__ = ["Classifier", "Prediction", "Result", "TinyserveError"]
 
 
-def __getattr__(name: str) -> str:
-    """``__version__``, "0" in a checkout that is not installed: found only when asked for, which
-    takes a while."""
-    if name != "__version__":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from importlib import metadata
+__version__: str
 
-    try:
-        return metadata.version("tinyserve")
-    except metadata.PackageNotFoundError:
-        return "0"
+if not TYPE_CHECKING:  # to type checkers, every name would be there
+
+    def __getattr__(name: str) -> str:
+        """``__version__``, "0" in a checkout that is not installed: found only when asked for,
+        which takes a while."""
+        if name != "__version__":
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from importlib import metadata
+
+        try:
+            return metadata.version("tinyserve")
+        except metadata.PackageNotFoundError:
+            return "0"

@@ -104,6 +104,11 @@ class _Header(tarfile.TarInfo):
         try:
             return super().fromtarfile(archive)
         except _BROKEN_HEADERS as error:
+            if archive.offset and isinstance(error, tarfile.EmptyHeaderError):  # type: ignore[attr-defined]
+                raise ValueError(
+                    f"it ends after {archive.offset:,} bytes, without a mark of the end: cut off, "
+                    "or never finished"
+                ) from error
             if archive.offset:
                 raise ValueError(f"damaged after {archive.offset:,} bytes: {error}") from error
             raise

@@ -19,7 +19,7 @@ from typing import Any, TextIO
 
 from tinyserve.classifier import Prediction, Result
 from tinyserve.errors import ModelFileError, OutputError, UsageError
-from tinyserve.modelfile import Label, candidate
+from tinyserve.modelfile import Label
 
 try:
     import fcntl
@@ -28,15 +28,8 @@ except ModuleNotFoundError:  # Windows
 
 FORMATS = ("table", "jsonl", "csv", "parquet", "submission")
 RESUMABLE = ("jsonl", "csv")
-_SUFFIXES = {
-    "": "jsonl",
-    ".jsonl": "jsonl",
-    ".ndjson": "jsonl",
-    ".json": "jsonl",
-    ".txt": "jsonl",
-    ".csv": "csv",
-    ".parquet": "parquet",
-}
+_OTHERS = {".gz", ".bz2", ".xz", ".zst", ".zip", ".tsv", ".xls", ".xlsx", ".html", ".arrow"}
+"""Suffixes that stand for what is not written here."""
 
 Write = Callable[[Result], None]
 
@@ -51,16 +44,14 @@ _NOT_UTF8 = re.compile(r"\\udc([89a-f][0-9a-f])")
 
 
 def format_of(output: str | None) -> str:
-    """By the suffix; without one, JSON lines. Raises :class:`~tinyserve.errors.UsageError` where it
+    """By the suffix; JSON lines by most. Raises :class:`~tinyserve.errors.UsageError` where it
     stands for something else."""
     if output is None:
         return "table"
     suffix = Path(output).suffix.lower()
-    if suffix not in _SUFFIXES:
-        raise UsageError(
-            f"no format is known by {suffix} ({output}): name another file, or give --format"
-        )
-    return _SUFFIXES[suffix]
+    if suffix in _OTHERS:
+        raise UsageError(f"{suffix} is not written ({output}): name another file, or give --format")
+    return {".csv": "csv", ".parquet": "parquet"}.get(suffix, "jsonl")
 
 
 @contextlib.contextmanager
@@ -177,7 +168,9 @@ def _read_csv(stream: TextIO, output: str) -> Iterator[dict[str, Any]]:
 def _from_cells(cells: list[str]) -> dict[str, Any]:
     values = [cell or None for cell in cells]
     row: dict[str, Any] = dict(zip(_FIELDS, values, strict=False))
-    row["path"] = _NOT_UTF8.sub(lambda byte: chr(0xDC00 + int(byte[1], 16)), row["path"] or "")
+    row["path"] = path = row["path"] or ""
+    if not os.path.lexists(path):  # which it may be called in truth
+        row["path"] = _NOT_UTF8.sub(lambda byte: chr(0xDC00 + int(byte[1], 16)), path)
     row["version"] = row["version"] or ""
     row["rank"] = None if row["rank"] is None else int(row["rank"])
     width = len(_PREDICTION)
@@ -224,7 +217,7 @@ def locked(output: str) -> Iterator[None]:
     if fcntl is None or not os.path.isfile(output):
         yield
         return
-    with open(output, "rb") as file:
+    with open(output, "ab") as file:  # to write: over NFS, others cannot be locked
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -291,11 +284,7 @@ def _parquet(output: str, model: str) -> Iterator[Write]:
         }
     )
     rows: list[dict[str, Any]] = []
-    # What is cut off is no table, and does not take the place of one.
-    finished: contextlib.AbstractContextManager[Path] = contextlib.nullcontext(Path(output))
-    if os.path.isfile(output) or not os.path.exists(output):
-        finished = candidate(Path(os.path.realpath(output)))
-    with finished as path, parquet.ParquetWriter(path, schema) as table:
+    with parquet.ParquetWriter(output, schema) as table:
 
         def flush() -> None:
             table.write_table(pa.Table.from_pylist(rows, schema))

@@ -7,7 +7,7 @@ from typing import Any
 
 from tinyserve.classifier import Classifier, Result
 from tinyserve.dataset import Input, version_of, with_label
-from tinyserve.errors import OutputError, UsageError
+from tinyserve.errors import DataError, OutputError, UsageError
 from tinyserve.modelfile import candidate
 from tinyserve.output import RESUMABLE, locked, open_rows, read_rows
 
@@ -94,10 +94,13 @@ class Resumed:
         now = version_of(path)
         if not version or now not in (version, ""):
             return False
-        # In an archive, the labels have the archive's time.
-        return not os.path.isfile(path) or self._index(with_label(path).label) == self._index(
-            row["label"]
-        )
+        if not os.path.isfile(path):  # in an archive, the labels have the archive's time
+            return True
+        try:
+            label = with_label(path).label
+        except DataError:  # which is raised again if it is asked for
+            return True
+        return self._index(label) == self._index(row["label"])
 
     def _index(self, label: str | None) -> int | None:
         return self._classifier.label_index(label)

@@ -217,7 +217,8 @@ def _check_outputs(arguments: argparse.Namespace) -> None:
             os.path.isfile(given) and os.path.samefile(given, path) for given in arguments.paths
         ):
             raise UsageError(f"{path} is one of the inputs: name another output")
-    if output and summary and os.path.realpath(output) == os.path.realpath(summary):
+    same = output and summary and os.path.realpath(output) == os.path.realpath(summary)
+    if same and (os.path.isfile(output) or not os.path.exists(output)):  # but /dev/null takes both
         raise UsageError(f"{summary} is to hold the rows: name another --summary")
 
 
