@@ -20,7 +20,6 @@ from tinyserve.errors import TinyserveError
 
 __all__ = ["Classifier", "Prediction", "Result", "TinyserveError"]
 
-
 __version__: str
 
 if not TYPE_CHECKING:  # to type checkers, every name would be there

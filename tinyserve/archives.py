@@ -104,14 +104,14 @@ class _Header(tarfile.TarInfo):
         try:
             return super().fromtarfile(archive)
         except _BROKEN_HEADERS as error:
-            if archive.offset and isinstance(error, tarfile.EmptyHeaderError):  # type: ignore[attr-defined]
+            if not archive.offset:
+                raise
+            if isinstance(error, tarfile.EmptyHeaderError):  # type: ignore[attr-defined]
                 raise ValueError(
                     f"it ends after {archive.offset:,} bytes, without a mark of the end: cut off, "
                     "or never finished"
                 ) from error
-            if archive.offset:
-                raise ValueError(f"damaged after {archive.offset:,} bytes: {error}") from error
-            raise
+            raise ValueError(f"damaged after {archive.offset:,} bytes: {error}") from error
 
 
 def _tarred(path: str) -> Iterator[Member]:

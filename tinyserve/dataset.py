@@ -97,10 +97,7 @@ def _below(path: str) -> Iterator[Input]:
     if is_remote(path):
         return _not_empty(_remote(path), f"no images in {path}")
     if os.path.isdir(path):
-        return _not_empty(
-            map(with_label, walk_images(path)),
-            f"no images in {path} (looked for {', '.join(sorted(SUFFIXES))})",
-        )
+        return _not_empty(map(with_label, walk_images(path)), no_images(path))
     if is_archive(path):
         from tinyserve import archives
 
@@ -112,6 +109,11 @@ def _below(path: str) -> Iterator[Input]:
         matches = sorted(glob.iglob(path, recursive=True), key=_natural_key)
         return _not_empty(_matched(matches), f"no image matches {path}")
     raise DataError(f"no such file or folder: {path}")
+
+
+def no_images(folder: str | os.PathLike[str]) -> str:
+    """What is said of a folder without any."""
+    return f"no images in {folder} (looked for {', '.join(sorted(SUFFIXES))})"
 
 
 def _not_empty(found: Iterator[Input], otherwise: str) -> Iterator[Input]:

@@ -43,6 +43,10 @@ class Label:
     name: str
 
 
+HELD_OUT = " held out of train"
+"""So ends :attr:`Training.dataset` where the accuracy is of images of the training split."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Training:
     """How the weights came about. Accuracies are fractions of ``val_images``, single centre view,

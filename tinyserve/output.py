@@ -308,7 +308,9 @@ def _table_writer(stream: TextIO, widest: int) -> Write:
 
     def write(result: Result) -> None:
         # A name from a foreign archive shall not talk to the terminal.
-        path = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in result.path)
+        path = result.path
+        if not path.isprintable():
+            path = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in path)
         if len(path) > path_width:
             path = "…" + path[1 - path_width :]
         mark = "?" if result.unknown else {None: " ", True: "✓", False: "✗"}[result.correct]

@@ -100,13 +100,11 @@ class Resumed:
             label = with_label(path).label
         except DataError:  # which is raised again if it is asked for
             return True
-        return self._index(label) == self._index(row["label"])
-
-    def _index(self, label: str | None) -> int | None:
-        return self._classifier.label_index(label)
+        index_of = self._classifier.label_index
+        return index_of(label) == index_of(row["label"])
 
     def _result(self, row: dict[str, Any]) -> Result:
-        index = self._index(row["label"])
+        index = self._classifier.label_index(row["label"])
         return Result(
             input=Input(row["path"], row["label"]),
             version=row["version"],

@@ -7,7 +7,7 @@ from tinyserve.classifier import Classifier, Result
 from tinyserve.dataset import Input
 from tinyserve.devices import device_name
 from tinyserve.errors import GateError, UsageError
-from tinyserve.modelfile import Evidence
+from tinyserve.modelfile import HELD_OUT, Evidence
 from tinyserve.report import Tally
 
 SLACK = 0.002
@@ -17,9 +17,6 @@ another processor rounds differently."""
 OTHER_PROVIDER_SLACK = 0.005
 """The same where the evidence is another provider's. In 8 bits OpenVINO has another top-1 than ONNX
 Runtime on up to 4 % of the images, as often for the better as for the worse."""
-
-HELD_OUT = " held out of train"
-"""So ends what a card says of data without a validation split of its own."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

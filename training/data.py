@@ -29,10 +29,10 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from tinyserve import images, kept
-from tinyserve.dataset import ANNOTATIONS, read_annotations, walk_images
+from tinyserve.dataset import ANNOTATIONS, no_images, read_annotations, walk_images
 from tinyserve.errors import DataError, ImageError
-from tinyserve.images import SUFFIXES, is_image_name
-from tinyserve.modelfile import Label
+from tinyserve.images import is_image_name
+from tinyserve.modelfile import HELD_OUT, Label
 
 DEFAULT_ROOT = Path("data/tiny-imagenet-200")
 URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
@@ -84,7 +84,7 @@ class Dataset:
     @property
     def described(self) -> str:
         """The name, and how many images are held out."""
-        held_out = f", {len(self.val):,} held out of train" if len(self.held_out) else ""
+        held_out = f", {len(self.val):,}{HELD_OUT}" if len(self.held_out) else ""
         return self.name + held_out
 
 
@@ -95,7 +95,7 @@ def name_of(described: str) -> str:
 
 def held_out_of(described: str) -> str:
     """What :attr:`Dataset.described` says after the name; empty where nothing is held out."""
-    found = re.search(r", [0-9,]+ held out of train$", described)
+    found = re.search(rf", [0-9,]+{HELD_OUT}$", described)
     return found[0] if found else ""
 
 
@@ -133,7 +133,7 @@ def load(root: Path, *, image_size: int = 64, skip_bad: bool = False, holdout: i
         (path, index[name]) for name in names for path in walk_images(train_folder / name)
     ]
     if not train_files:
-        raise DataError(_no_images(train_folder))
+        raise DataError(no_images(train_folder))
     if empty := sorted(set(names) - {names[label] for _, label in train_files}):
         _note(f"class folders without training images: {_some(empty)}")
     has_val = (root / "val").is_dir() and not holdout
@@ -145,7 +145,7 @@ def load(root: Path, *, image_size: int = 64, skip_bad: bool = False, holdout: i
     if has_val:
         val_files = _val_files(root / "val", index)
         if not val_files:
-            raise DataError(_no_images(root / "val"))
+            raise DataError(no_images(root / "val"))
         val = _decode_split(root, "val", val_files, image_size, skip_bad=skip_bad)
         _warn_of_duplicates(train.images, val)
     else:
@@ -164,10 +164,6 @@ def load(root: Path, *, image_size: int = 64, skip_bad: bool = False, holdout: i
         held_out=held_out,
         fingerprint=_fingerprint(root, train_files + val_files, with_time=False),
     )
-
-
-def _no_images(folder: Path) -> str:
-    return f"no images in {folder} (looked for {', '.join(sorted(SUFFIXES))})"
 
 
 def _note_others(folders: Iterable[Path]) -> None:

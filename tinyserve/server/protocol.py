@@ -33,8 +33,12 @@ Pixels = NDArray[np.uint8]
 Headers = dict[str, str]
 
 
-# What is optional may be null, as clients write it whose language has types.
-Parameters = Annotated[dict[str, Any], BeforeValidator(lambda x: {} if x is None else x)]
+def _or_empty(kind: type) -> BeforeValidator:
+    """What is optional may be null, as clients write it whose language has types."""
+    return BeforeValidator(lambda given: kind() if given is None else given)
+
+
+Parameters = Annotated[dict[str, Any], _or_empty(dict)]
 
 
 class Document(BaseModel):
@@ -69,11 +73,9 @@ class InferDocument(Document):
         default_factory=dict, description="binary_data_output: binary_data of all outputs"
     )
     inputs: list[InputTensor] = Field(min_length=1, max_length=1)
-    outputs: Annotated[
-        list[OutputWanted],
-        Field(max_length=1),
-        BeforeValidator(lambda x: [] if x is None else x),
-    ] = Field(default_factory=list)
+    outputs: Annotated[list[OutputWanted], Field(max_length=1), _or_empty(list)] = Field(
+        default_factory=list
+    )
 
 
 class OutputTensor(BaseModel):
