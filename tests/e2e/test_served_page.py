@@ -1,6 +1,5 @@
 """``tinyserve serve --ui``: the page and the protocol on one address, over one predictor."""
 
-import gc
 import subprocess
 import sys
 import time
@@ -16,15 +15,11 @@ from tinyserve.server import Limits
 
 pytest.importorskip("gradio")
 
-# Gradio and its client, imported into this process, warn of their own affairs.
-pytestmark = pytest.mark.filterwarnings("ignore")
-
 
 @pytest.fixture(scope="module")
 def server():
     with running("inception", ui=True) as server:
         yield server
-    gc.collect()  # what they leave open is closed here, where that is no failure of another test
 
 
 @pytest.fixture(scope="module")

@@ -30,11 +30,15 @@ def add_page(app: FastAPI, service: Service) -> None:
         # Asked for anew each time: a file that is replaced takes over here, too.
         return models.classifiers.get(name) or load_other(name)
 
-    page = build_page(models.names, load)
+    async def mount_page() -> None:
+        page = build_page(models.names, load)
 
-    import gradio
+        import gradio
 
-    gradio.mount_gradio_app(app, page, "/", **options())
+        gradio.mount_gradio_app(app, page, "/", **options())
+
+    # Where no event loop runs, Gradio makes one for each of its locks and closes none of them.
+    asyncio.run(mount_page())
     mount = app.routes.pop()
     assert isinstance(mount, Mount)
     taken = {_beginning(route.path) for route in app.routes if isinstance(route, Route)}
