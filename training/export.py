@@ -255,7 +255,7 @@ def _data_of(run: Path, named: Path | None) -> tuple[Path, int]:
     try:
         document = json.loads((run / CONFIG).read_text())
         return named or Path(document["data"]), document.get("config", {}).get("holdout", 0)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         if named is not None:
             return named, 0
         raise CheckpointError(

@@ -77,7 +77,8 @@ class Gate:
         parts = [(self.val, spread(len(self.val), GATE_IMAGES))]
         missing = GATE_IMAGES - len(parts[0][1])
         if missing > 0:
-            parts.append((dataset.train, spread(len(dataset.train), missing)))
+            others = np.setdiff1d(np.arange(len(dataset.train)), dataset.held_out)
+            parts.append((dataset.train, others[spread(len(others), missing)]))
         self.images, labels = (
             np.concatenate([getattr(split, name)[chosen] for split, chosen in parts])
             for name in ("images", "labels")

@@ -49,6 +49,10 @@ def load(path: Path) -> checkpoint.Weights:
     if card.architecture not in ARCHS:
         raise CheckpointError(f"{path}: unknown architecture {card.architecture!r}")
     tensors = _tensors(graph)
+    # The mean of several views is a node that may take the name.
+    mean = tensors["mean_1"] if "mean_1" in tensors else tensors.get("mean")
+    if mean is None or "scale" not in tensors:
+        raise CheckpointError(f"{path} does not hold the mean and scale of its images")
     for batch_norm in (True, False):
         model = ARCHS[card.architecture](
             len(card.labels), image_size=card.network_size, batch_norm=batch_norm
@@ -63,7 +67,7 @@ def load(path: Path) -> checkpoint.Weights:
                 image_size=card.image_size,
                 crop=card.crop,
                 network_size=card.network_size,
-                mean=_whole_mean(tensors["mean"], card.image_size),
+                mean=_whole_mean(mean, card.image_size),
                 std=1 / tensors["scale"].reshape(-1, 3)[0],
                 state=state,
                 training=card.training,

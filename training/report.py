@@ -17,6 +17,7 @@ from pathlib import Path
 
 from tinyserve.errors import TinyserveError, UsageError, describe_os_error
 from tinyserve.report import wilson_interval
+from training.data import DEFAULT_ROOT
 from training.figures import ACCURACY, LOSS, RATE, Album
 from training.records import SINGLE, TEN, Record, Score, in_words, keep_record, read_records
 
@@ -249,7 +250,13 @@ def residual(done: Sequence[Record], album: Album) -> Iterator[str]:
 def race(done: Sequence[Record]) -> Iterator[str]:
     """The runs of resnet20 that began at the beginning, by the time they took to be as good as the
     paper's."""
-    runs = [run for run in done if run.arch == "resnet20" and not run.config.get("init")]
+    runs = [
+        run
+        for run in done
+        if run.arch == "resnet20"
+        and run.data == DEFAULT_ROOT.name
+        and not run.config.get("init")
+    ]
     goals = {run.name: goal for run in runs if (goal := run.first_at(GOAL))}
     if goals:
         yield (

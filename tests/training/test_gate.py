@@ -168,6 +168,14 @@ def test_the_pictures_are_spread_over_the_validation_split(network, dataset, mon
     assert np.array_equal(chosen[18:], dataset.train.images[[0, 26]])
 
 
+def test_no_picture_counts_twice_where_the_validation_split_is_held_out(network, photos):
+    dataset = data.load(photos / "train", image_size=16)
+    assert len(dataset.held_out)
+    images = gate_of(network, dataset).images
+    assert len(images) == len(dataset.train)
+    assert len(np.unique(images.reshape(len(images), -1), axis=0)) == len(images)
+
+
 class Answers:
     """An engine that answers as ``network`` does, off by ``error`` where images are darker."""
 

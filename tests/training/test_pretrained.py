@@ -10,6 +10,7 @@ from torch import nn
 from tinyserve.errors import CheckpointError
 from tinyserve.modelfile import Label, ModelCard, write_model
 from training import checkpoint, export, pretrained, quantize
+from training.augment import VIEWS
 from training.equalize import equalize
 from training.models import ARCHS, is_auxiliary
 from training.models.baseline import baseline
@@ -100,6 +101,18 @@ def test_an_exported_file_gives_the_network_back(
     assert (found.arch, found.labels, found.training) == (arch, LABELS, weights.training)
     if arch not in ("resnet20", "plain20"):  # which have the same layout either way
         assert found.batch_norm == batch_norm
+    assert_the_same(logits(found, pictures), logits(weights, pictures))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("views", [2, 10])
+@pytest.mark.parametrize("arch", ["baseline", "resnet20"])
+def test_a_file_of_several_views_gives_the_network_back(
+    small_weights, pictures, tmp_path, arch, views
+):
+    weights = trained(arch, small_weights, batch_norm=True)
+    graph = export.to_onnx(weights.served(VIEWS[views]), weights.image_size)
+    found = pretrained.load(write_file(tmp_path / "model.onnx", weights, graph=graph))
     assert_the_same(logits(found, pictures), logits(weights, pictures))
 
 
