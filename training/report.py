@@ -253,9 +253,7 @@ def race(done: Sequence[Record]) -> Iterator[str]:
     runs = [
         run
         for run in done
-        if run.arch == "resnet20"
-        and run.data == DEFAULT_ROOT.name
-        and not run.config.get("init")
+        if run.arch == "resnet20" and run.data == DEFAULT_ROOT.name and not run.config.get("init")
     ]
     goals = {run.name: goal for run in runs if (goal := run.first_at(GOAL))}
     if goals:

@@ -268,8 +268,10 @@ def test_a_file_that_passes_the_gate_replaces_the_older_one(small_run, tmp_path,
         (lambda run: (run / "weights.pt").rename(run / "checkpoint.pt"), "has not finished"),
         (lambda run: (run / "weights.pt").write_text("no weights"), "damaged"),
         (lambda run: os.truncate(run / "weights.pt", 5000), "damaged"),
+        (lambda run: (run / "config.json").write_text("[1]"), "with --data"),
+        (lambda run: (run / "config.json").write_text('{"data": 3}'), "with --data"),
     ],
-    ids=["no folder", "no run", "unfinished", "text", "cut short"],
+    ids=["no folder", "no run", "unfinished", "text", "cut short", "list", "number"],
 )
 def test_what_is_no_finished_run_is_one_line(small_run, tmp_path, capsys, break_it, words):
     break_it(small_run)

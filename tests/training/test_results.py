@@ -467,6 +467,7 @@ def test_the_race_is_won_in_training_time(runs, report):
     write_record(runs / "never", "resnet20", three, 5539)
     write_record(runs / "inception", "inception", three, 6000)
     write_record(runs / "ahead", "resnet20", three, 6000, init="fast 0123")
+    write_record(runs / "elsewhere", "resnet20", three, 9900, data="my_photos")
     rows = rows_of(section(report(), "Seconds to 55.40 %"))
     assert [(row["run"], row["seconds"], row["in epoch"]) for row in rows] == [
         ("`fast`", "900.8", "3"),
