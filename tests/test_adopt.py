@@ -263,11 +263,23 @@ def test_a_folder_is_not_written_over(labels, tmp_path, capsys):
         assert f"cannot write {output}: it is a folder" in capsys.readouterr().err
 
 
-def test_a_deviation_of_nothing_is_refused(labels, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("option", "numbers", "words"),
+    [
+        ("--std", "0,1,1", "must be above 0"),
+        ("--std", "58.4,57.1,57.4", "pixels from 0 to 1"),
+        ("--std", "inf,1,1", "pixels from 0 to 1"),
+        ("--mean", "123.7,116.3,103.5", "pixels from 0 to 1"),
+        ("--mean", "0,nan,0", "pixels from 0 to 1"),
+    ],
+)
+def test_numbers_that_are_not_of_pixels_are_refused(
+    labels, tmp_path, capsys, option, numbers, words
+):
     with pytest.raises(SystemExit) as caught:
-        adopt(tmp_path / "x.onnx", tmp_path / "out.onnx", labels, "--std", "0,1,1", size=32)
+        adopt(tmp_path / "x.onnx", tmp_path / "out.onnx", labels, option, numbers, size=32)
     assert caught.value.code == 2
-    assert "must be above 0" in capsys.readouterr().err
+    assert words in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -160,13 +160,14 @@ def test_a_machine_dies_half_way_and_the_rows_are_complete(cluster, many, tmp_pa
         (["-o", "out", "--min-confidence", "0"], "--ray goes without --min-confidence"),
         (["-o", "out", "--format", "csv"], "rows are jsonl or parquet, not csv"),
         (["-o", "full"], "full is not empty"),
-        (["photos.zip", "-o", "out"], "unpack photos.zip first"),
+        (["photos.zip", "-o", "out"], "unpack the archive of photos.zip/cat/1.jpg first"),
     ],
 )
 def test_what_cannot_be_done_with_ray_says_so(samples, tmp_path, arguments, words):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "rows.jsonl").touch()
-    zipfile.ZipFile(tmp_path / "photos.zip", "w").close()
+    with zipfile.ZipFile(tmp_path / "photos.zip", "w") as archive:
+        archive.write(next(samples.glob("*/*.JPEG")), "cat/1.jpg")
     run = classify(samples, *arguments, "--ray", cwd=tmp_path)
     assert run.returncode == 2, run.stderr
     (line,) = run.stderr.splitlines()

@@ -1,5 +1,6 @@
 """Images behind URIs; a file system that any machine has stands for the others."""
 
+import io
 import json
 import os
 import subprocess
@@ -72,11 +73,25 @@ def test_too_large_is_not_read_to_its_end(tmp_path, monkeypatch):
         item.read()
 
 
-def test_classify_takes_uris(samples):
+@pytest.mark.parametrize("on_stdin", [False, True])
+def test_classify_takes_uris(samples, on_stdin):
+    uri = (samples / "goldfish").as_uri()
     run = subprocess.run(
         [sys.executable, "-m", "tinyserve.cli", "classify", "--device", "cpu",
-         "--format", "jsonl", (samples / "goldfish").as_uri()],
-        capture_output=True, text=True, timeout=120,
+         "--format", "jsonl", "-" if on_stdin else uri],
+        input=uri if on_stdin else None, capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
     assert {json.loads(line)["label"] for line in run.stdout.splitlines()} == {"n01443537"}
+
+
+def test_a_uri_on_stdin_that_cannot_be_read_is_a_row(samples, tmp_path, monkeypatch):
+    good = (samples / "goldfish").as_uri()
+    lines = f"{tmp_path.as_uri()}/nothing\nnowhere://x\n{good}\n".encode()
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines)))
+    nothing, nowhere, *rest = find_inputs(["-"])
+    assert nowhere.path == "nowhere://x"
+    for item in (nothing, nowhere):
+        with pytest.raises(ImageError, match="cannot"):
+            item.read()
+    assert [item.label for item in rest] == ["goldfish"] * len(list(samples.glob("goldfish/*")))

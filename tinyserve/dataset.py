@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tinyserve import images
-from tinyserve.errors import DataError
+from tinyserve.errors import DataError, UsageError
 from tinyserve.images import SUFFIXES, is_image_name
-from tinyserve.members import Member, is_archive, is_remote
+from tinyserve.members import Member, failed, is_archive, is_remote
 
 ANNOTATIONS = "val_annotations.txt"
 _IMAGES_FOLDER = "images"
@@ -141,13 +141,18 @@ def _matched(paths: Sequence[str]) -> Iterator[Input]:
 
 
 def _listed(lines: Iterable[bytes]) -> Iterator[Input]:
-    """Of the paths on stdin, one that does not exist is an input that fails."""
+    """Of the paths and URIs on stdin, one that does not exist is an input that fails."""
     for line in lines:
         path = os.fsdecode(line.rstrip(b"\r\n"))
         if os.path.isdir(path):
             yield from map(with_label, walk_images(path))
         elif is_archive(path):
             yield from _archived(path)
+        elif is_remote(path):
+            try:
+                yield from _remote(path)
+            except (DataError, UsageError) as error:
+                yield Input(path, None, failed(path, str(error)))
         elif path:
             yield with_label(path)
 

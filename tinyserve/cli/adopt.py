@@ -51,6 +51,9 @@ def _three_numbers(text: str) -> list[float]:
     numbers = [number(part) for part in text.split(",")]
     if len(numbers) != 3:
         raise argparse.ArgumentTypeError("must be three numbers, separated by commas")
+    # Those of pixels from 0 to 255, or what is not finite, no check of the file would notice.
+    if not all(-1 <= value <= 1 for value in numbers):
+        raise argparse.ArgumentTypeError("must be of pixels from 0 to 1: divide them by 255")
     return numbers
 
 

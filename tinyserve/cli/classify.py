@@ -11,7 +11,7 @@ import os
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from tinyserve.classifier import FIRST_BATCH, LARGEST_BATCH, Classifier, model_file
@@ -21,7 +21,7 @@ from tinyserve.confidence import in_words, operating_point
 from tinyserve.dataset import Input, find_inputs
 from tinyserve.devices import default_threads, device_name
 from tinyserve.errors import OutputError, UsageError
-from tinyserve.members import is_archive
+from tinyserve.members import is_remote
 from tinyserve.modelfile import DEFAULT_MODEL, PRECISIONS
 from tinyserve.output import FORMATS, format_of, open_rows
 from tinyserve.report import Summary, Tally
@@ -249,8 +249,6 @@ def _classify_with_ray(arguments: argparse.Namespace) -> int:
         value = getattr(arguments, option)
         if value is not None and value is not False:  # a confidence of 0 is one
             raise UsageError(f"--ray goes without --{option.replace('_', '-')}")
-    if archives := [path for path in arguments.paths if is_archive(path)]:
-        raise UsageError(f"--ray takes files, folders and URIs; unpack {archives[0]} first")
     job = rayjob.Job(
         model=arguments.model,
         precision=arguments.precision,
@@ -261,7 +259,7 @@ def _classify_with_ray(arguments: argparse.Namespace) -> int:
         workers=arguments.workers or 1,
         self_test=not arguments.no_self_test,
     )
-    inputs = list(find_inputs(arguments.paths))
+    inputs = list(_to_be_shared(arguments.paths))
     tally = Tally()
     precision, providers = "", set()
     start = time.perf_counter()
@@ -285,6 +283,16 @@ def _classify_with_ray(arguments: argparse.Namespace) -> int:
         seconds=time.perf_counter() - start,
     )
     return _conclude(arguments, summary)
+
+
+def _to_be_shared(paths: Sequence[str]) -> Iterator[Input]:
+    """The inputs that other machines can read."""
+    for item in find_inputs(paths):
+        if item.member is not None and not is_remote(item.path):
+            raise UsageError(
+                f"--ray takes files, folders and URIs; unpack the archive of {item.path} first"
+            )
+        yield item
 
 
 def _conclude(arguments: argparse.Namespace, summary: Summary) -> int:
