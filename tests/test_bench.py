@@ -169,3 +169,15 @@ def test_a_model_that_cannot_be_measured_is_one_line(tinyserve, tmp_path):
     assert run.returncode == 1
     assert "no ONNX model" in run.stderr
     assert len(run.stderr.splitlines()) == 1
+
+
+@pytest.mark.slow
+def test_what_was_measured_before_a_bad_file_is_shown_and_kept(tinyserve, model, tmp_path):
+    (tmp_path / "text.onnx").write_text("no model")
+    files = ("-m", model, "-m", tmp_path / "text.onnx")
+    run = tinyserve("bench", *files, "-j", 1, "-b", 1, 2, "--seconds", 0.02, "--json")
+    assert run.returncode == 1
+    assert [row["settings"]["batch_size"] for row in json.loads(run.stdout)] == [1, 2]
+    kept, error = run.stderr.splitlines()
+    assert kept.startswith("kept for classify --tuned")
+    assert "no ONNX model" in error

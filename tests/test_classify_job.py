@@ -218,6 +218,18 @@ def test_two_jobs_do_not_write_one_output(many, samples, tmp_path):
     ]
 
 
+def test_what_a_killed_resumption_left_half_written_is_removed(samples, tmp_path):
+    output = tmp_path / "rows [1].jsonl"
+    assert classify(samples / "goldfish", "-o", output).returncode == 0
+    before = output.read_bytes()
+    for process in (1, 4321):
+        (tmp_path / f".{output.name}.{process}.candidate").write_bytes(before[:100])
+    (other := tmp_path / ".other.jsonl.1.candidate").touch()
+    assert classify(samples / "goldfish", "-o", output, "--resume").returncode == 0
+    assert {path.name for path in tmp_path.iterdir()} == {output.name, other.name}
+    assert output.read_bytes() == before
+
+
 def test_a_job_that_is_going_on_already_is_not_disturbed(samples, tmp_path):
     output = tmp_path / "rows.jsonl"
     assert classify(samples / "goldfish", "-o", output).returncode == 0
@@ -404,6 +416,13 @@ def test_max_errors_stops_a_job_that_goes_wrong(tmp_path):
     assert [row["status"] for row in rows] == ["error"] * 4
     assert "stopped: more than 3 inputs failed" in run.stderr
     assert classify(tmp_path, "--max-errors", 200).returncode == 3
+
+
+@pytest.mark.parametrize("option", ["--min-confidence", "--target-precision"])
+def test_a_submission_leaves_no_image_out(samples, option):
+    run = classify(samples / "goldfish", "--submission", option, "0")
+    assert (run.returncode, run.stdout) == (2, "")
+    assert "a class for every image" in run.stderr
 
 
 def test_paths_on_stdin_and_a_submission(samples):

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,32 @@ def test_one_file(samples):
     uri = (samples / "goldfish" / "val_68.JPEG").as_uri()
     (item,) = find_inputs([uri])
     assert (item.path, item.label) == (uri, "goldfish")
+
+
+def test_the_uri_of_a_row_leads_to_its_image(samples, tmp_path):
+    folder = tmp_path / "für [dich] #1 100% ?"
+    folder.mkdir()
+    content = (samples / "goldfish" / "val_68.JPEG").read_bytes()
+    (folder / "mit Ü.jpg").write_bytes(content)
+    (found,) = find_inputs([tmp_path.as_uri()])
+    assert found.path == (folder / "mit Ü.jpg").as_uri().replace("[dich]", "%5Bdich%5D")
+    assert found.label == folder.name
+    (again,) = find_inputs([found.path])
+    assert (again.path, again.label, again.read()) == (found.path, found.label, content)
+
+
+def test_a_uri_with_spaces_and_accents_is_taken_as_it_is_written(tmp_path):
+    (tmp_path / "Bilder für dich").mkdir()
+    (tmp_path / "Bilder für dich" / "1.jpg").touch()
+    (item,) = find_inputs([f"file://{tmp_path}/Bilder für dich"])
+    assert item.path == (tmp_path / "Bilder für dich" / "1.jpg").as_uri()
+
+
+def test_an_archive_behind_a_uri_is_to_be_downloaded(tmp_path):
+    with zipfile.ZipFile(tmp_path / "images.ZIP", "w") as archive:
+        archive.writestr("1.jpg", b"")
+    with pytest.raises(DataError, match=r"download .*images\.ZIP first"):
+        find_inputs([(tmp_path / "images.ZIP").as_uri()])
 
 
 def test_what_cannot_be_read_is_a_row_or_one_line(tmp_path):

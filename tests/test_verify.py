@@ -275,8 +275,11 @@ def test_another_accuracy_is_exit_code_4(copy, samples, right, capsys):
     assert str(right + 1) in line
 
 
-def test_other_images_than_those_of_the_evidence_are_refused(copy, samples, right, capsys):
+def test_other_images_than_those_of_the_evidence_are_refused_before_the_work(
+    copy, samples, right, capsys, monkeypatch
+):
     with_evidence(copy, right, images=41)
+    monkeypatch.setattr(Classifier, "classify_many", lambda *_: pytest.fail("classified"))
     assert main(["verify", str(copy), "--data", str(samples)]) == 2
     assert "40 labelled images here" in capsys.readouterr().err
 

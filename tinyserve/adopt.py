@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from tinyserve.devices import CPU
 from tinyserve.engine import Engine
 from tinyserve.errors import GateError, ModelFileError, UsageError, first_line
+from tinyserve.files import candidate
 from tinyserve.modelfile import (
     INPUT_NAME,
     OUTPUT_NAME,
@@ -23,7 +24,6 @@ from tinyserve.modelfile import (
     Golden,
     Label,
     ModelCard,
-    candidate,
     write_model,
 )
 

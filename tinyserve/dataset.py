@@ -175,10 +175,9 @@ def _archived(path: str) -> Iterator[Input]:
 def _remote(uri: str) -> Iterator[Input]:
     from tinyserve import remote
 
-    scheme = uri.partition("://")[0]
     annotations = functools.partial(_annotations_behind, uri)
     for member in sorted(remote.members(uri), key=lambda member: _natural_key(member.name)):
-        yield Input(f"{scheme}://{member.name}", _label(member.name, annotations), member)
+        yield Input(remote.uri_of(member.name, uri), _label(member.name, annotations), member)
 
 
 def walk_images(folder: str | os.PathLike[str]) -> Iterator[str]:

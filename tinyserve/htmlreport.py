@@ -13,7 +13,7 @@ from tinyserve import images
 from tinyserve.dataset import Input, version_of
 from tinyserve.devices import device_name
 from tinyserve.errors import ImageError, OutputError
-from tinyserve.modelfile import candidate
+from tinyserve.files import candidate
 from tinyserve.statistics import (
     PICTURE_SIZE,
     ClassRow,

@@ -6,14 +6,13 @@ under :data:`METADATA_KEY` in the ONNX metadata. Its graph has one input, ``imag
 """
 
 import base64
-import contextlib
 import dataclasses
 import hashlib
 import json
 import mmap
 import os
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -268,19 +267,6 @@ def write_model(path: Path, graph: bytes, card: ModelCard) -> ModelCard:
     pair = _field(1, METADATA_KEY.encode()) + _field(2, card.to_json().encode())
     path.write_bytes(graph + _field(_METADATA_PROPS, pair))
     return card
-
-
-@contextlib.contextmanager
-def candidate(path: Path) -> Iterator[Path]:
-    """A file to write and to test under a name that nobody looks for: it takes the place of
-    ``path`` if nothing is raised, and is removed otherwise."""
-    hidden = path.with_name(f".{path.name}.candidate")
-    try:
-        yield hidden
-        os.replace(hidden, path)
-    finally:
-        with contextlib.suppress(OSError):
-            hidden.unlink()
 
 
 Port = tuple[str, str, tuple[Any, ...]]

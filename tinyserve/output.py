@@ -19,12 +19,8 @@ from typing import Any, TextIO
 
 from tinyserve.classifier import Prediction, Result
 from tinyserve.errors import ModelFileError, OutputError, UsageError
+from tinyserve.files import held
 from tinyserve.modelfile import Label
-
-try:
-    import fcntl
-except ModuleNotFoundError:  # Windows
-    fcntl = None  # type: ignore[assignment]
 
 FORMATS = ("table", "jsonl", "csv", "parquet", "submission")
 RESUMABLE = ("jsonl", "csv")
@@ -214,16 +210,12 @@ def locked(output: str) -> Iterator[None]:
     Raises :class:`~tinyserve.errors.OutputError` where it is another's.
     """
     # Of a device or a pipe, many may make use at a time.
-    if fcntl is None or not os.path.isfile(output):
+    if not os.path.isfile(output):
         yield
         return
-    with open(output, "ab") as file:  # to write: over NFS, others cannot be locked
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise OutputError(f"cannot write {output}: another job is writing it") from error
-        except OSError:  # some network file systems have no locks
-            pass
+    with held(output) as alone:
+        if not alone:
+            raise OutputError(f"cannot write {output}: another job is writing it")
         yield
 
 

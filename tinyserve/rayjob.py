@@ -21,7 +21,7 @@ from tinyserve.classifier import Classifier, model_file
 from tinyserve.dataset import Input
 from tinyserve.devices import default_threads
 from tinyserve.errors import DeviceError, OutputError, TinyserveError, UsageError
-from tinyserve.modelfile import candidate
+from tinyserve.files import candidate
 from tinyserve.output import open_rows
 from tinyserve.report import Tally
 

@@ -2,10 +2,14 @@
 
 from functools import partial
 from typing import Any
+from urllib.parse import quote
 
 from tinyserve.errors import DataError, ImageError, UsageError, first_line
 from tinyserve.images import is_image_name, read_from
-from tinyserve.members import Member
+from tinyserve.members import SUFFIXES_OF_ARCHIVES, Member
+
+_OF_URIS = "%/:?#[]@!$&'()*+,;=~"
+"""What means something in a URI and stays as it is."""
 
 
 def members(uri: str) -> list[Member]:
@@ -13,20 +17,28 @@ def members(uri: str) -> list[Member]:
 
     Their names are paths inside the file system, ``bucket/folder/1.jpg``. The URI takes pyarrow's
     options, as in ``s3://bucket/folder?region=eu-west-1``. Raises
-    :class:`~tinyserve.errors.DataError` where it cannot be listed.
+    :class:`~tinyserve.errors.DataError` where it cannot be listed or is an archive.
     """
     filesystem, root = _file_system(uri)
     import pyarrow.fs as fs
 
     try:
-        if filesystem.get_file_info(root).is_file:
+        alone = filesystem.get_file_info(root).is_file
+        if alone:
             found = [root]
         else:
             below = filesystem.get_file_info(fs.FileSelector(root, recursive=True))
             found = [info.path for info in below if info.is_file and is_image_name(info.path)]
     except Exception as error:  # those of pyarrow and of what it reads with share no base class
         raise DataError(f"cannot list {uri}: {first_line(error)}") from error
+    if alone and root.lower().endswith(SUFFIXES_OF_ARCHIVES):
+        raise DataError(f"archives are read in place from disks alone: download {uri} first")
     return [Member(path, None, partial(_read, filesystem, path)) for path in found]
+
+
+def uri_of(name: str, uri: str) -> str:
+    """That of the member of such a name among those of ``uri``."""
+    return f"{uri.partition('://')[0]}://{quote(name, errors='surrogateescape')}"
 
 
 def read_text(uri: str, path: str) -> str | None:
@@ -44,7 +56,8 @@ def _file_system(uri: str) -> tuple[Any, str]:
     except ModuleNotFoundError as error:
         raise UsageError(f"{uri} needs: pip install 'tinyserve[parquet]'") from error
     try:
-        filesystem, path = fs.FileSystem.from_uri(uri)
+        # Spaces and accents are written as they are by most people, but taken by none of these.
+        filesystem, path = fs.FileSystem.from_uri(quote(uri, _OF_URIS, errors="surrogateescape"))
     except Exception as error:  # as in members()
         raise UsageError(f"cannot read from {uri}: {first_line(error)}") from error
     return filesystem, path

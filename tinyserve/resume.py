@@ -8,7 +8,7 @@ from typing import Any
 from tinyserve.classifier import Classifier, Result
 from tinyserve.dataset import Input, version_of, with_label
 from tinyserve.errors import DataError, OutputError, UsageError
-from tinyserve.modelfile import candidate
+from tinyserve.files import candidate, remove_candidates
 from tinyserve.output import RESUMABLE, locked, open_rows, read_rows
 
 
@@ -57,23 +57,24 @@ class Resumed:
         if not os.path.isfile(self._output):
             raise UsageError(f"{self._output} is no file, and no job can go on with it")
         try:
-            with (
-                locked(self._output),
-                candidate(Path(self._output)) as kept,
-                open_rows(
-                    str(kept), self._format, k=self._k, model=self._classifier.fingerprint
-                ) as write,
-            ):
-                for row in read_rows(self._output, self._format):
-                    if not self._holds(row):
-                        _count(self._taken_out, row["path"])
-                for row in read_rows(self._output, self._format):
-                    if _key(row["path"]) in self._taken_out:
-                        continue
-                    _count(self._done, row["path"])
-                    result = self._result(row).at_least(self._min_confidence)
-                    write(result)
-                    yield result
+            with locked(self._output):
+                remove_candidates(Path(self._output))
+                with (
+                    candidate(Path(self._output)) as kept,
+                    open_rows(
+                        str(kept), self._format, k=self._k, model=self._classifier.fingerprint
+                    ) as write,
+                ):
+                    for row in read_rows(self._output, self._format):
+                        if not self._holds(row):
+                            _count(self._taken_out, row["path"])
+                    for row in read_rows(self._output, self._format):
+                        if _key(row["path"]) in self._taken_out:
+                            continue
+                        _count(self._done, row["path"])
+                        result = self._result(row).at_least(self._min_confidence)
+                        write(result)
+                        yield result
         except OSError as error:
             raise OutputError(f"cannot rewrite {self._output}: {error.strerror}") from error
 

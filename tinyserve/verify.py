@@ -70,12 +70,8 @@ def replay(
     evidence = _evidence_for(card.evidence, provider)
     if evidence is None:
         raise UsageError("the file carries no accuracy to verify; leave out --data")
-    tally = Tally()
-    for result in classifier.classify_many(inputs):
-        watch(result)
-        if result.label is not None:  # what else lies in the folder has no part in it
-            tally.add(result)
-    if tally.labelled != evidence.val_images:
+    labelled = sum(classifier.label_index(item.label) is not None for item in inputs)
+    if labelled != evidence.val_images:
         rest = ": name the validation split that it was measured on"
         if card.training is not None and card.training.dataset.endswith(HELD_OUT):
             rest = (
@@ -83,9 +79,14 @@ def replay(
                 "accuracy with tinyserve classify"
             )
         raise UsageError(
-            f"{tally.labelled:,} labelled images here, but the accuracy in the file is of "
+            f"{labelled:,} labelled images here, but the accuracy in the file is of "
             f"{evidence.val_images:,}{rest}"
         )
+    tally = Tally()
+    for result in classifier.classify_many(inputs):
+        watch(result)
+        if result.label is not None:  # what else lies in the folder has no part in it
+            tally.add(result)
     found = Replay(
         provider=provider,
         images=tally.labelled,

@@ -70,13 +70,14 @@ def joined(device: torch.device) -> Iterator[Workers]:
         yield ALONE
         return
     if device.type == "cuda":
-        local = int(os.environ["LOCAL_RANK"])
-        if local >= torch.cuda.device_count():
+        # Not whether there is one for this process: then some would stop and the others wait.
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        if here > torch.cuda.device_count():
             raise UsageError(
-                f"more processes than GPUs: {torch.cuda.device_count()} here, this is number "
-                f"{local + 1}"
+                f"more processes than GPUs, {here} and {torch.cuda.device_count()}: "
+                "lower --nproc-per-node"
             )
-        torch.cuda.set_device(local)
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     try:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_OTHERS_WAIT)
     except ValueError as error:

@@ -26,13 +26,13 @@ import torch
 
 from tinyserve.engine import Engine, read_card
 from tinyserve.errors import CheckpointError, TinyserveError, UsageError, describe_os_error
+from tinyserve.files import candidate
 from tinyserve.modelfile import (
     INPUT_NAME,
     OUTPUT_NAME,
     Golden,
     ModelCard,
     Training,
-    candidate,
     write_model,
 )
 from training import data, pretrained, quantize

@@ -46,7 +46,7 @@ from training.hardware import PRECISIONS
 from training.models import ARCHS, count_parameters
 from training.recipes import RECIPES, SMALLEST_IMAGE, Recipe
 from training.records import RESULT, SINGLE, TEN
-from training.run import Config, Row, Run
+from training.run import Config, Row, Run, opened
 from training.trainer import Trainer
 
 LARGEST_IMAGE = 1024
@@ -73,7 +73,8 @@ class StoppedError(TinyserveError):
 def main(argv: list[str] | None = None) -> int:
     started = time.monotonic()
     arguments = _parser().parse_args(argv)
-    speaks = os.environ.get("RANK", "0") == "0"
+    # One for each machine: what is wrong may be wrong on it alone.
+    speaks = os.environ.get("LOCAL_RANK", "0") == "0"
     try:
         config, device = _configure(arguments)
         if arguments.show_recipe:
@@ -135,26 +136,26 @@ def _fit_from_files(
     asked = config.recipe
     config = _with_batches_to_fill(config, dataset, keep_lr=_names_lr(arguments))
     out = arguments.out or Path("runs") / f"{config.arch}-{config.recipe.name}"
-    run = Run(out, config, dataset, resume=arguments.resume, workers=workers)
-    answers = None
-    if sources:
-        with workers.first_before_others():  # as above
-            answers = distill.kept_answers(sources, dataset, config.recipe.distill_temperature)
-        sources.clear()  # and their memory with them
-    trainer = Trainer(
-        config,
-        dataset,
-        device,
-        initial=initial,
-        teachers=teachers,
-        answers=answers,
-        workers=workers,
-    )
-    if workers.first and run.saved is None:
-        for note in _notes(trainer, dataset, asked, initial):
-            print(f"note: {note}", file=sys.stderr)
-    history = fit(trainer, run, deadline)
-    _finish(dataset, trainer, run, history, initial)
+    with opened(out, config, dataset, resume=arguments.resume, workers=workers) as run:
+        answers = None
+        if sources:
+            with workers.first_before_others():  # as above
+                answers = distill.kept_answers(sources, dataset, config.recipe.distill_temperature)
+            sources.clear()  # and their memory with them
+        trainer = Trainer(
+            config,
+            dataset,
+            device,
+            initial=initial,
+            teachers=teachers,
+            answers=answers,
+            workers=workers,
+        )
+        if workers.first and run.saved is None:
+            for note in _notes(trainer, dataset, asked, initial):
+                print(f"note: {note}", file=sys.stderr)
+        history = fit(trainer, run, deadline)
+        _finish(dataset, trainer, run, history, initial)
 
 
 def _notes(

@@ -8,6 +8,8 @@ import math
 import platform
 import subprocess
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ import torch
 
 from tinyserve.devices import usable_cores
 from tinyserve.errors import UsageError
+from tinyserve.files import held
 from training import checkpoint, hardware
 from training.data import Dataset
 from training.distributed import ALONE, Workers
@@ -52,12 +55,10 @@ class Config:
 
 
 class Run:
-    """A run's folder, opened for training.
+    """A run's folder, opened for training; see :func:`opened`.
 
     ``saved`` is the checkpoint to go on from, None for a new run; ``commit`` the commit of this
-    checkout when the run was new, None where it is not known. Raises
-    :class:`~tinyserve.errors.UsageError` where the folder holds another run, and
-    :class:`~tinyserve.errors.CheckpointError` where its checkpoint cannot be read.
+    checkout when the run was new, None where it is not known.
 
     Of several processes the first writes; in the others the methods that write do nothing.
     """
@@ -69,7 +70,7 @@ class Run:
         dataset: Dataset,
         *,
         resume: bool,
-        workers: Workers = ALONE,
+        workers: Workers,
     ) -> None:
         self.folder = folder
         self._writes = workers.first
@@ -91,10 +92,6 @@ class Run:
             )
         if workers.first and (folder / checkpoint.WEIGHTS).exists():
             raise UsageError(f"{folder} holds a finished run: --out names another")
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UsageError(f"cannot make the folder {folder}: {error.strerror}") from error
         environment = _environment()
         # Asked for once: the checkout may be another one by the time the run ends.
         self.commit = environment["commit"]
@@ -148,6 +145,27 @@ class Run:
                 raise UsageError(
                     f"cannot resume {self.folder} with another {part}: {'; '.join(differing)}"
                 )
+
+
+@contextmanager
+def opened(
+    folder: Path, config: Config, dataset: Dataset, *, resume: bool, workers: Workers = ALONE
+) -> Iterator[Run]:
+    """A run in ``folder``, which is made if need be and belongs to this run alone for the time.
+
+    Raises :class:`~tinyserve.errors.UsageError` where the folder cannot be made, holds another run
+    or one that is being trained, and :class:`~tinyserve.errors.CheckpointError` where its
+    checkpoint cannot be read.
+    """
+    try:
+        if not resume:
+            folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"cannot make the folder {folder}: {error.strerror}") from error
+    with held(folder) if workers.first and folder.is_dir() else nullcontext(True) as alone:
+        if not alone:
+            raise UsageError(f"another process is training in {folder}: --out names another folder")
+        yield Run(folder, config, dataset, resume=resume, workers=workers)
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:

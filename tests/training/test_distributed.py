@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from tinyserve.errors import UsageError
 from training import checkpoint, data
 from training.distributed import ALONE, Workers, joined
 from training.recipes import RECIPES
@@ -136,6 +137,16 @@ def test_shares_are_a_partition_of_the_batch():
         [6, 7, 8],
         [9, 10, 11],
     ]
+
+
+def test_all_processes_stop_where_there_are_fewer_gpus(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for name, value in (("WORLD_SIZE", "2"), ("LOCAL_WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    for rank in ("0", "1"):
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        with pytest.raises(UsageError, match="2 and 1"), joined(torch.device("cuda")):
+            pass
 
 
 def test_a_process_alone_joins_nothing(monkeypatch):

@@ -2,6 +2,8 @@ import dataclasses
 import hashlib
 import json
 import math
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -884,6 +886,30 @@ def test_a_finished_run_is_not_mixed_with_another(photos, tmp_path, capsys):
         assert fit_here(tmp_path / "run", photos, arguments + option) == 2
         assert "holds a finished run" in capsys.readouterr().err.splitlines()[-1]
     assert (tmp_path / "run" / "config.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("more", ["", " --resume"])
+def test_a_run_that_another_process_trains_is_left_alone(
+    photos, tmp_path, capsys, check_one_line, more
+):
+    arguments = "--arch baseline --recipe cpu --epochs 1 -b 6"
+    assert fit_here(tmp_path / "run", photos, f"{arguments} --time-limit 0") == 0
+    before = {path: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    held = "import sys; from tinyserve.files import held; "
+    held += "block = held(sys.argv[1]); print(block.__enter__(), flush=True); sys.stdin.read()"
+    with subprocess.Popen(
+        [sys.executable, "-c", held, str(tmp_path / "run")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as other:
+        assert other.stdout.readline() == "True\n"
+        capsys.readouterr()
+        assert fit_here(tmp_path / "run", photos, arguments + more) == 2
+        check_one_line("another process is training")
+        assert {path: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
+        other.stdin.close()
+    assert fit_here(tmp_path / "run", photos, f"{arguments} --resume") == 0
 
 
 def test_workers_that_torchrun_did_not_start_are_refused(

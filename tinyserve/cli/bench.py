@@ -76,19 +76,28 @@ def bench(arguments: argparse.Namespace) -> int:
     found = []
     measured = bench_module.measure(files, workers, arguments.batch_size, seconds=arguments.seconds)
     total = len(files) * len(workers) * len(arguments.batch_size)
-    with tqdm(total=total, disable=None, leave=False) as bar:
-        for entry in measured:
-            found.append(entry)
-            bar.update()
+    try:
+        with tqdm(total=total, disable=None, leave=False) as bar:
+            for entry in measured:
+                found.append(entry)
+                bar.update()
+    finally:  # a later file may be a bad one, or the user tired of waiting
+        if found:
+            _report(found, as_json=arguments.json)
+    return 0
+
+
+def _report(found: "list[Measurement]", *, as_json: bool) -> None:
+    from tinyserve import bench as bench_module
+
     fastest = bench_module.best(found)
     saved = bench_module.save(fastest)
-    if arguments.json:
+    if as_json:
         print(json.dumps([dataclasses.asdict(entry) for entry in found], indent=2))
     else:
         print_columns([_BENCH_HEADER, *(_bench_row(entry, fastest) for entry in found)])
         print("images/s; * the fastest of each file from image files to rows")
     print(f"kept for classify --tuned: {saved}", file=sys.stderr)
-    return 0
 
 
 _BENCH_HEADER = (

@@ -115,6 +115,9 @@ def classify(arguments: argparse.Namespace) -> int:
     format_ = arguments.format or format_of(output)
     if arguments.resume and output is None:
         raise UsageError("--resume goes on with the file that -o names")
+    limits = (arguments.min_confidence, arguments.target_precision)
+    if format_ == "submission" and limits != (None, None):
+        raise UsageError("a submission has a class for every image: no least confidence applies")
     inputs = find_inputs(arguments.paths)
     first, all_of_them = _first(inputs)
     # What is listed stays for long: not to be looked through for garbage, over and over.
