@@ -4,8 +4,10 @@ import dataclasses
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
+import threading
 import zipfile
 from pathlib import Path
 
@@ -172,3 +174,32 @@ def test_what_cannot_be_done_with_ray_says_so(samples, tmp_path, arguments, word
     assert run.returncode == 2, run.stderr
     (line,) = run.stderr.splitlines()
     assert words in line
+
+
+@pytest.mark.parametrize(
+    ("greeting", "words"),
+    [(None, "refused"), (b"HTTP/1.0 400 Bad\r\n\r\n", "not a Ray cluster"), (b"", "not a Ray")],
+    ids=["nobody", "a web server", "a server that hangs up"],
+)
+def test_an_address_where_no_ray_listens_is_said_at_once(tmp_path, greeting, words):
+    pytest.importorskip("ray")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = "127.0.0.1:{1}".format(*server.getsockname())
+
+        def answer():
+            connection, _ = server.accept()
+            with connection:
+                connection.recv(100)
+                connection.sendall(greeting)
+
+        if greeting is None:
+            server.close()
+        else:
+            threading.Thread(target=answer, daemon=True).start()
+        with pytest.raises(UsageError, match=f"cannot reach Ray at {address}: .*{words}"):
+            next(rayjob.classify(JOB, [], str(tmp_path), address=address))
+
+
+def test_a_client_of_ray_is_refused(tmp_path):
+    with pytest.raises(UsageError, match="give HOST:PORT or auto"):
+        next(rayjob.classify(JOB, [], str(tmp_path), address="ray://127.0.0.1:10001"))

@@ -186,7 +186,13 @@ class _Worker:
 
 @contextlib.contextmanager
 def _ray(address: str) -> Iterator[Any]:
-    """Ray, connected and quiet: what it says at length in its logs, an error says in one line."""
+    """Ray, connected, and quiet as far as it can be made: what it says at length in its logs, an
+    error says in one line."""
+    if "://" in address:
+        raise UsageError(
+            f"cannot reach Ray at {address}: Ray Data does not run through Ray's client; on a "
+            "machine of the cluster, give HOST:PORT or auto"
+        )
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     try:
         import ray.data
@@ -194,19 +200,33 @@ def _ray(address: str) -> Iterator[Any]:
         raise UsageError("--ray needs: pip install 'tinyserve[ray]'") from error
     cores = default_threads() if address == LOCAL else None
     try:
-        if "://" not in address and address.rpartition(":")[2].isdecimal():
-            # Ray itself would try for minutes.
-            host, _, port = address.rpartition(":")
-            socket.create_connection((host, int(port)), timeout=10).close()
+        if address.rpartition(":")[2].isdecimal():
+            _check_server(address)
         ray.init(address=address, num_cpus=cores, log_to_driver=False, logging_level=logging.ERROR)
     except (OSError, RuntimeError, ValueError, OverflowError) as error:
-        raise UsageError(f"cannot reach Ray at {address}: {_last_line(error)}") from error
+        why = " ".join(str(error).split()) or type(error).__name__
+        if type(error) is ConnectionError and "RAY_AUTH_MODE" not in os.environ:
+            why += "; where it wants a token, set RAY_AUTH_MODE=token"
+        raise UsageError(f"cannot reach Ray at {address}: {why}") from error
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     ray.data.DataContext.get_current().enable_progress_bars = False
     try:
         yield ray
     finally:
         ray.shutdown()
+
+
+def _check_server(address: str) -> None:
+    """Raise :class:`OSError` where nothing listens, or something else than a Ray cluster, with
+    which Ray itself would try for minutes."""
+    host, _, port = address.rpartition(":")
+    with socket.create_connection((host, int(port)), timeout=10) as connection:
+        if os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true"):
+            return
+        # Ray's servers speak HTTP/2: to its preface they answer with a frame of type 4, settings.
+        connection.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\4\0\0\0\0\0")
+        if connection.makefile("rb").read(9)[3:4] != b"\4":
+            raise OSError("what listens there is not a Ray cluster, whose port is mostly 6379")
 
 
 def _share(nodes: Iterable[dict[str, Any]], job: Job) -> tuple[int, int]:
