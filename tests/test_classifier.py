@@ -1,4 +1,5 @@
 import dataclasses
+import itertools
 import threading
 import unicodedata
 
@@ -129,6 +130,28 @@ def test_an_endless_stream_is_read_only_as_far_as_needed(classifier, samples):
         next(results)
     results.close()
     assert taken <= 10 + 4 * 4
+
+
+def test_what_goes_wrong_with_the_inputs_comes_after_the_results_before(classifier, samples):
+    def inputs():
+        yield from sorted(samples.glob("*/*.JPEG"))[:5]
+        raise LookupError("the list broke off")
+
+    results = classifier.classify_many(inputs(), batch_size=2)
+    assert all(result.predictions for result in itertools.islice(results, 5))
+    with pytest.raises(LookupError, match="broke off"):
+        next(results)
+
+
+def test_less_than_one_of_anything_is_refused_at_once(classifier, samples):
+    image = next(samples.glob("*/*.JPEG"))
+    for k in (0, -1):
+        with pytest.raises(UsageError, match=f"k must be at least 1, not {k}"):
+            classifier.classify(image, k=k)
+        with pytest.raises(UsageError, match=f"k must be at least 1, not {k}"):
+            classifier.classify_many([], k=k)
+        with pytest.raises(UsageError, match=f"batch_size must be at least 1, not {k}"):
+            classifier.classify_many([], batch_size=k)
 
 
 def test_images_that_are_in_memory_already_end_a_batch_early():

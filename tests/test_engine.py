@@ -131,6 +131,8 @@ def test_threads_are_divided_among_streams():
         assert model._session._session.get_session_options().intra_op_num_threads == each
     with pytest.raises(UsageError, match="streams must be at least 1"):
         Engine(path, device="cpu", streams=0)
+    with pytest.raises(UsageError, match="threads must be at least 1, not 0"):
+        Engine(path, device="cpu", threads=0)
 
 
 def test_a_file_that_is_no_model_is_refused(tmp_path, samples):

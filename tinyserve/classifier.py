@@ -125,7 +125,8 @@ class Classifier:
         """The ``k`` likeliest classes of one image, best first.
 
         ``source`` is a path or the bytes of an image file. Raises
-        :class:`~tinyserve.errors.ImageError` where it is no usable image.
+        :class:`~tinyserve.errors.ImageError` where it is no usable image, and
+        :class:`~tinyserve.errors.UsageError` where ``k`` is less than 1.
         """
         image = images.load(source, size=self.card.image_size)
         return self.top(self.engine.run(image[None])[0], k)
@@ -141,17 +142,27 @@ class Classifier:
         An unusable image gets a result that says so and leaves its neighbours alone. As many
         batches as the engine has streams run at a time, while another is decoded. Unless
         ``batch_size`` is given, batches grow from :data:`FIRST_BATCH` images to
-        :data:`LARGEST_BATCH`, as long as they are quickly done.
+        :data:`LARGEST_BATCH`, as long as they are quickly done. What ``inputs`` raises comes after
+        the results of those before. Raises :class:`~tinyserve.errors.UsageError` where ``k`` or
+        ``batch_size`` is less than 1.
         """
         if isinstance(inputs, str | bytes | os.PathLike):
             raise TypeError("classify_many takes many inputs; classify takes one")
-        items = map(_input, inputs)
+        _at_least_one("k", k)
+        if batch_size is not None:
+            _at_least_one("batch_size", batch_size)
+        return self._classify_many(map(_input, inputs), k, batch_size)
+
+    def _classify_many(
+        self, items: Iterator[Input], k: int, batch_size: int | None
+    ) -> Generator[Result, None, None]:
         pending: deque[Future[list[Result]]] = deque()
         workers = self.engine.streams + 1
         pace = _Pace(batch_size)
+        failed: list[Exception] = []
         with ThreadPoolExecutor(workers, thread_name_prefix="classify") as pool:
             try:
-                for batch in _batches(items, pace, _HELD // workers):
+                for batch in _batches(_up_to_failure(items, failed), pace, _HELD // workers):
                     pending.append(pool.submit(self._timed_batch, batch, k, pace))
                     # One batch more than are at work, so that no thread waits for the caller.
                     if len(pending) > workers:
@@ -161,6 +172,8 @@ class Classifier:
             finally:
                 for future in pending:
                     future.cancel()
+        if failed:
+            raise failed[0]
 
     def _timed_batch(self, batch: Sequence[Input], k: int, pace: "_Pace") -> list[Result]:
         start = time.perf_counter()
@@ -216,7 +229,9 @@ def likeliest(
     rows: NDArray[np.float32], labels: Sequence[Label], k: int
 ) -> list[tuple[Prediction, ...]]:
     """Of each row of probabilities, float32 ``[N, classes]``, the ``k`` likeliest classes, best
-    first; of equal ones the first."""
+    first; of equal ones the first. Raises :class:`~tinyserve.errors.UsageError` where ``k`` is less
+    than 1."""
+    _at_least_one("k", k)
     # For all rows at once, a place after the other: of a few places that takes less than to sort.
     rest, each = rows.copy(), np.arange(len(rows))
     best = np.empty((len(rows), min(k, rows.shape[1])), np.intp)
@@ -233,6 +248,11 @@ def likeliest(
         )
         for row in zip(best.tolist(), probabilities.tolist(), strict=True)
     ]
+
+
+def _at_least_one(name: str, value: int) -> None:
+    if value < 1:
+        raise UsageError(f"{name} must be at least 1, not {value}")
 
 
 def model_file(
@@ -268,6 +288,14 @@ def _input(item: Input | str | os.PathLike[str]) -> Input:
             "classify_many takes paths and Inputs; classify takes the bytes of an image"
         )
     return item if isinstance(item, Input) else Input(os.fspath(item), None)
+
+
+def _up_to_failure(items: Iterator[Input], failed: list[Exception]) -> Iterator[Input]:
+    """The items before the one that cannot be had, of which ``failed`` tells why."""
+    try:
+        yield from items
+    except Exception as error:
+        failed.append(error)
 
 
 def _batches(items: Iterator[Input], pace: _Pace, most: int) -> Iterator[list[Input]]:

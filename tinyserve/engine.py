@@ -85,8 +85,9 @@ class Engine:
         self_test: SelfTest = True,
     ) -> None:
         device = wanted_device(device)
-        if streams < 1:
-            raise UsageError(f"streams must be at least 1, not {streams}")
+        for name, value in (("streams", streams), ("threads", threads)):
+            if value is not None and value < 1:
+                raise UsageError(f"{name} must be at least 1, not {value}")
         self.streams = streams
         self._threads = threads or default_threads()
         self.path = Path(path)
