@@ -17,8 +17,10 @@ from pathlib import Path
 
 import pytest
 
-from tinyserve.classifier import Classifier
+from tinyserve.classifier import Classifier, Prediction, Result
+from tinyserve.dataset import Input
 from tinyserve.errors import OutputError
+from tinyserve.output import open_rows
 from tinyserve.resume import Resumed
 
 COMMAND = (sys.executable, "-m", "tinyserve.cli", "classify", "-m", "baseline", "--device", "cpu")
@@ -293,6 +295,15 @@ def test_a_table_does_not_talk_to_the_terminal(samples, tmp_path):
     shutil.copy(samples / "goldfish" / "val_68.JPEG", tmp_path / "a\x1b[31m\nb.jpg")
     (line,) = classify(tmp_path).stdout.splitlines()
     assert "a\\x1b[31m\\nb.jpg" in line
+
+
+def test_names_of_classes_do_not_talk_to_the_terminal_either(capsys):
+    prediction = Prediction(0, None, "a\x1b[31m\nb", 0.5)
+    result = Result(Input("1.jpg", None), "", None, (prediction,), None, None)
+    with open_rows(None, "table", k=1, model="", widest=5) as write:
+        write(result)
+    (line,) = capsys.readouterr().out.splitlines()
+    assert "50.0 % a\\x1b[31m\\nb" in line
 
 
 def test_inputs_that_are_named_twice_have_two_rows(samples, tmp_path):

@@ -69,7 +69,7 @@ def test_names_are_escaped():
     assert "<class>" not in html
 
 
-@pytest.mark.parametrize("name", ["../secret.jpg", "uploads-beside/0.jpg", "\0"])
+@pytest.mark.parametrize("name", ["../secret.jpg", "uploads-beside/0.jpg", "\0", 5000 * "a"])
 def test_only_uploads_are_opened(answers, tmp_path, name):
     with pytest.raises(ImageError, match="not uploaded"):
         answers.classify({"path": f"{tmp_path}/uploads/../{name}"}, "baseline")

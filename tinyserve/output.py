@@ -299,27 +299,32 @@ def _table_writer(stream: TextIO, widest: int) -> Write:
     path_width = min(widest, columns // 2)
 
     def write(result: Result) -> None:
-        # A name from a foreign archive shall not talk to the terminal.
-        path = result.path
-        if not path.isprintable():
-            path = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in path)
+        path = _printable(result.path)
         if len(path) > path_width:
             path = "…" + path[1 - path_width :]
         mark = "?" if result.unknown else {None: " ", True: "✓", False: "✗"}[result.correct]
         line = f"{path:<{path_width}}  {mark} "
         if result.error is not None:
-            print(f"{line} error: {result.error}", file=stream)
+            print(f"{line} error: {_printable(result.error)}", file=stream)
             return
         if result.unknown:
             line += " unknown:"
         for place, prediction in enumerate(result.predictions):
-            cell = f" {100 * prediction.probability:5.1f} % {prediction.name:<18}"
+            name = _printable(prediction.name)
+            cell = f" {100 * prediction.probability:5.1f} % {name:<18}"
             if place and len(line) + len(cell.rstrip()) > columns:
                 break
             line += cell
         print(line.rstrip(), file=stream)
 
     return write
+
+
+def _printable(text: str) -> str:
+    """A name from a foreign archive or model shall not talk to the terminal."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def _label_id(label: Label) -> str:

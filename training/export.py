@@ -25,7 +25,13 @@ import onnx
 import torch
 
 from tinyserve.engine import Engine, read_card
-from tinyserve.errors import CheckpointError, TinyserveError, UsageError, describe_os_error
+from tinyserve.errors import (
+    CheckpointError,
+    DataError,
+    TinyserveError,
+    UsageError,
+    describe_os_error,
+)
 from tinyserve.files import candidate
 from tinyserve.modelfile import (
     INPUT_NAME,
@@ -131,20 +137,22 @@ def export(
         raise UsageError(f"cannot write into {output}: {error.strerror or error}") from error
     finally:
         if paths:
-            _warn_of_others(weights, output, paths)
+            _warn_of_others(weights, views, output, paths)
     return paths
 
 
-def _warn_of_others(weights: Weights, folder: Path, new: Sequence[Path]) -> None:
-    """Say aloud which other precisions, that a model's name may stand for, have other weights."""
+def _warn_of_others(weights: Weights, views: int, folder: Path, new: Sequence[Path]) -> None:
+    """Say aloud which other precisions, that a model's name may stand for, answer otherwise."""
     for path in sorted({*folder.glob(f"{weights.arch}.*onnx")} - {*new}):
         try:
-            same = read_card(path).training == weights.training
+            card = read_card(path)
+            other = "weights" if card.training != weights.training else "views"
+            same = (card.training, card.views) == (weights.training, views)
         except TinyserveError:
-            same = False
+            other, same = "weights", False
         if not same:
             print(
-                f"note: {path} has other weights, and `-m {weights.arch}` may stand for it: export "
+                f"note: {path} has other {other}, and `-m {weights.arch}` may stand for it: export "
                 "that precision, too, or remove it",
                 file=sys.stderr,
             )
@@ -254,13 +262,19 @@ def _data_of(run: Path, named: Path | None) -> tuple[Path, int]:
         return named, calibration.fitted_images + calibration.images if calibration else 0
     try:
         document = json.loads((run / CONFIG).read_text())
-        return named or Path(document["data"]), document.get("config", {}).get("holdout", 0)
+        root, holdout = (
+            named or Path(document["data"]),
+            document.get("config", {}).get("holdout", 0),
+        )
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         if named is not None:
             return named, 0
         raise CheckpointError(
             f"{run / CONFIG} does not say what the run was trained on; name it with --data"
         ) from error
+    if named is None and not root.is_dir():
+        raise DataError(f"the data that {run} was trained on is not at {root}: name it with --data")
+    return root, holdout
 
 
 @contextmanager

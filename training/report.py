@@ -163,13 +163,18 @@ def curves(papers: Sequence[Record], done: Sequence[Record], album: Album) -> It
 
 
 def precision(done: Sequence[Record]) -> Iterator[str]:
-    """Speed, memory and accuracy at each precision, and ratios to fp32 on the same hardware."""
+    """Speed, memory and accuracy at each precision, and ratios to fp32 on the same hardware and
+    data."""
     runs = [run for run in done if run.name.startswith("precision-")]
-    bases = {(run.arch, run.hardware): run for run in runs if run.config["precision"] == "fp32"}
+
+    def compared(run: Record) -> tuple[str, str, str]:
+        return run.arch, run.hardware, run.fingerprint
+
+    bases = {compared(run): run for run in runs if run.config["precision"] == "fp32"}
 
     def ratio(measure: Callable[[Record], float | None]) -> Cell:
         def cell(run: Record) -> str:
-            base = bases.get((run.arch, run.hardware))
+            base = bases.get(compared(run))
             ours, theirs = measure(run), measure(base) if base else None
             return f"{ours / theirs:.2f}" if ours and theirs else ABSENT
 

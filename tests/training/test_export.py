@@ -270,8 +270,9 @@ def test_a_file_that_passes_the_gate_replaces_the_older_one(small_run, tmp_path,
         (lambda run: os.truncate(run / "weights.pt", 5000), "damaged"),
         (lambda run: (run / "config.json").write_text("[1]"), "with --data"),
         (lambda run: (run / "config.json").write_text('{"data": 3}'), "with --data"),
+        (lambda run: (run / "config.json").write_text('{"data": "gone"}'), "at gone: name it with"),
     ],
-    ids=["no folder", "no run", "unfinished", "text", "cut short", "list", "number"],
+    ids=["no folder", "no run", "unfinished", "text", "cut short", "list", "number", "moved"],
 )
 def test_what_is_no_finished_run_is_one_line(small_run, tmp_path, capsys, break_it, words):
     break_it(small_run)
@@ -312,7 +313,9 @@ def test_files_of_the_same_name_with_other_weights_are_named(small_run, tmp_path
     assert "baseline.int8.onnx has other weights" in capsys.readouterr().err
     (tmp_path / "baseline.int8.onnx").unlink()
     assert export.main([str(small_run), "-o", str(tmp_path), "--precision", "fp16"]) == 0
-    assert "other weights" not in capsys.readouterr().err
+    assert "has other" not in capsys.readouterr().err
+    assert export.main([str(small_run), "-o", str(tmp_path), "--views", "2"]) == 0
+    assert "baseline.fp16.onnx has other views" in capsys.readouterr().err
 
 
 def test_data_that_is_not_there_is_one_line(small_run, tmp_path, capsys):

@@ -10,6 +10,7 @@ import functools
 import logging
 import signal
 import sys
+import threading
 import time
 from collections.abc import Sequence
 
@@ -43,9 +44,15 @@ def serve(host: str, port: int, model: str, device_wanted: str | None) -> None:
     installed, or the address is taken.
     """
 
+    loading = threading.Lock()
+
     @functools.cache  # every other model is loaded when it is first asked for
-    def load(name: str) -> Classifier:
+    def loaded(name: str) -> Classifier:
         return Classifier(name, device=device_wanted)
+
+    def load(name: str) -> Classifier:
+        with loading:  # two visitors may ask for it at a time
+            return loaded(name)
 
     # The line below and the page say why the CPU runs; the logger need not say it too.
     logging.getLogger("tinyserve").setLevel(logging.ERROR)

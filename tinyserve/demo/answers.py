@@ -120,9 +120,13 @@ class Answers:
     def _file(self, upload: Upload) -> Path:
         if not isinstance(upload, Mapping) or not isinstance(upload.get("path"), str):
             raise UsageError("send an uploaded file")
-        path = Path(upload["path"].replace("\0", "")).resolve()  # resolve() balks at null bytes
+        try:
+            path = Path(upload["path"]).resolve()
+            there = path.exists()
+        except (OSError, ValueError) as error:  # a path too long, or with null bytes
+            raise ImageError("this file was not uploaded") from error
         inside = path.is_relative_to(self._uploads)
-        if inside and not path.exists():
+        if inside and not there:
             raise ImageError("this file is not here: uploads are kept for an hour")
         # A file alone: with the folder itself one would get what others uploaded.
         if not (inside and path.is_file()):
