@@ -22,6 +22,23 @@ def test_folders_are_searched_and_sorted_with_numbers_in_numeric_order(tmp_path)
     assert found == ["a/x.png", "b/val_2.JPEG", "b/val_10.JPEG", "c/deep/y.webp"]
 
 
+def test_folders_may_be_as_deep_as_paths_are_long(tmp_path):
+    folders = [tmp_path / "a"]
+    for _ in range(1200):  # deeper than Python calls functions
+        folders.append(f"{folders[-1]}/a")
+    for folder in folders:
+        os.mkdir(folder)
+    try:
+        image = f"{folders[-1]}/1.jpg"
+        with open(image, "wb"):
+            pass
+        assert [item.path for item in find_inputs([str(tmp_path)])] == [image]
+    finally:  # which pytest could not
+        os.remove(image)
+        for folder in reversed(folders):
+            os.rmdir(folder)
+
+
 def test_every_suffix_of_an_image_counts(tmp_path):
     for name in ("a.jfif", "b.jpe", "c.JPG", "d.tif", "e.txt"):
         touch(tmp_path / name)

@@ -183,33 +183,32 @@ def _remote(uri: str) -> Iterator[Input]:
 def walk_images(folder: str | os.PathLike[str]) -> Iterator[str]:
     """Paths of the image files below a folder, sorted; links to folders are followed unless they
     lead round in a circle. A folder that cannot be read is among the paths itself."""
-    return _walk(os.fspath(folder), ())
-
-
-def _walk(folder: str, above: tuple[tuple[int, int], ...]) -> Iterator[str]:
-    # Names and no more: of these, a folder may hold a million.
-    found: list[str] = []
-    folders: list[str] = []
-    try:
-        status = os.stat(folder)
-        here = (status.st_dev, status.st_ino)
-        if here in above:
-            return
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                if _is_folder(entry):
-                    folders.append(entry.name)
-                elif is_image_name(entry.name):
-                    found.append(entry.name)
-    except OSError:
-        yield folder
-        return
-    found.sort(key=_natural_key)
-    for name in found:
-        yield os.path.join(folder, name)
-    del found
-    for name in sorted(folders, key=_natural_key):
-        yield from _walk(os.path.join(folder, name), (*above, here))
+    waiting: list[tuple[str, tuple[tuple[int, int], ...]]] = [(os.fspath(folder), ())]
+    while waiting:
+        path, above = waiting.pop()
+        # Names and no more: of these, a folder may hold a million.
+        found: list[str] = []
+        folders: list[str] = []
+        try:
+            status = os.stat(path)
+            here = (status.st_dev, status.st_ino)
+            if here in above:
+                continue
+            with os.scandir(path) as entries:
+                for entry in entries:
+                    if _is_folder(entry):
+                        folders.append(entry.name)
+                    elif is_image_name(entry.name):
+                        found.append(entry.name)
+        except OSError:
+            yield path
+            continue
+        found.sort(key=_natural_key)
+        for name in found:
+            yield os.path.join(path, name)
+        del found
+        folders.sort(key=_natural_key, reverse=True)
+        waiting += [(os.path.join(path, name), (*above, here)) for name in folders]
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
