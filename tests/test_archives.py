@@ -186,6 +186,19 @@ def test_a_table_without_images_is_one_input_that_fails(tmp_path):
         item.read()
 
 
+@pytest.mark.parametrize("kind", ["binary", "large_binary", "binary_view"])
+def test_bytes_are_read_however_arrow_keeps_them(tmp_path, jpeg, kind):
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as parquet
+
+    column = pa.array([jpeg, None], getattr(pa, kind)())
+    parquet.write_table(pa.table({"image": column}), tmp_path / "a.parquet")
+    image, nothing = find_inputs([str(tmp_path / "a.parquet")])
+    assert image.read() == jpeg
+    with pytest.raises(ImageError, match="no image in this row"):
+        nothing.read()
+
+
 def test_of_several_columns_of_bytes_none_is_guessed(tmp_path, jpeg):
     pa = pytest.importorskip("pyarrow")
     import pyarrow.parquet

@@ -149,6 +149,8 @@ def _rows(path: str) -> Iterator[Member]:
             files = batch.column(image)
             if types.is_struct(files.type):
                 files = compute.struct_field(files, "bytes")
+            if types.is_binary_view(files.type):  # of which lengths are not computed
+                files = files.cast(pyarrow.large_binary())
             labels = batch.column("label").to_pylist() if "label" in columns else repeat(None)
             # Of what is no image, not even a copy.
             lengths = compute.binary_length(files).to_pylist()
@@ -172,7 +174,8 @@ def _image_column(schema: Any) -> str:
     def holds_bytes(kind: Any) -> bool:
         if types.is_struct(kind):
             return any(field.name == "bytes" and holds_bytes(field.type) for field in kind)
-        return bool(types.is_binary(kind) or types.is_large_binary(kind))
+        kinds = (types.is_binary, types.is_large_binary, types.is_binary_view)
+        return any(is_kind(kind) for is_kind in kinds)
 
     usable = [field.name for field in schema if holds_bytes(field.type)]
     if not usable:
