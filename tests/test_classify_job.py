@@ -232,6 +232,15 @@ def test_what_a_killed_resumption_left_half_written_is_removed(samples, tmp_path
     assert output.read_bytes() == before
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such modes")
+def test_rows_that_nobody_else_may_read_stay_so(samples, tmp_path):
+    output = tmp_path / "rows.jsonl"
+    assert classify(samples / "goldfish", "-o", output).returncode == 0
+    output.chmod(0o600)
+    assert classify(samples / "goldfish", "-o", output, "--resume").returncode == 0
+    assert output.stat().st_mode & 0o777 == 0o600
+
+
 def test_a_job_that_is_going_on_already_is_not_disturbed(samples, tmp_path):
     output = tmp_path / "rows.jsonl"
     assert classify(samples / "goldfish", "-o", output).returncode == 0

@@ -1,6 +1,7 @@
 """Going on with a job that was interrupted: which of its rows hold, and what is left to do."""
 
 import os
+import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,7 @@ class Resumed:
                         str(kept), self._format, k=self._k, model=self._classifier.fingerprint
                     ) as write,
                 ):
+                    shutil.copymode(self._output, kept)
                     for row in read_rows(self._output, self._format):
                         if not self._holds(row):
                             _count(self._taken_out, row["path"])
