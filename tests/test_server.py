@@ -291,10 +291,10 @@ def test_metrics_count_what_happened(server, goldfish):
 
 def test_keys_open_everything_and_health_needs_none(goldfish, tmp_path):
     keys = tmp_path / "keys"
-    keys.write_text("first\nsecond\n\n", "utf-8-sig")  # as Windows' editors write it
+    keys.write_text("first\nvoilà\n\n", "utf-8-sig")  # as Windows' editors write it
     with running(api_key_file=keys) as server:
-        for key in ("first", "second"):
-            headers = {"Authorization": f"Bearer {key}"}
+        for key in ("first", "voilà"):
+            headers = {"Authorization": f"Bearer {key}".encode()}
             assert server.post("/classify", content=goldfish, headers=headers).status_code == 200
         for value in ("", "first", "Bearer", "Bearer third", "Basic first", "Bearer ü"):
             headers = {"Authorization": value.encode()}

@@ -3,7 +3,7 @@ import pytest
 from tinyserve.cli import main
 from tinyserve.engine import Engine, read_card
 from tinyserve.modelfile import Label, find_model
-from tinyserve.triton import label_line
+from tinyserve.triton import config, label_line
 
 model_config_pb2 = pytest.importorskip("tritonclient.grpc.model_config_pb2")
 text_format = pytest.importorskip("google.protobuf.text_format")
@@ -27,23 +27,29 @@ def test_the_repository_has_the_files_that_triton_wants(repository):
 
 @pytest.mark.parametrize("model", ["inception", "resnet20"])
 def test_the_config_parses_as_tritons_own_message(repository, model):
-    config = text_format.Parse(
+    parsed = text_format.Parse(
         (repository / model / "config.pbtxt").read_text(), model_config_pb2.ModelConfig()
     )
     card = read_card(find_model(model))
-    assert config.name == model
-    assert config.backend == "onnxruntime"
-    assert config.max_batch_size == 64
-    (taken,), (given,) = config.input, config.output
+    assert parsed.name == model
+    assert parsed.backend == "onnxruntime"
+    assert parsed.max_batch_size == 64
+    (taken,), (given,) = parsed.input, parsed.output
     assert (taken.name, list(taken.dims)) == ("images", [64, 64, 3])
     assert taken.data_type == model_config_pb2.TYPE_UINT8
     assert (given.name, list(given.dims)) == ("probabilities", [len(card.labels)])
     assert given.data_type == model_config_pb2.TYPE_FP32
     assert given.label_filename == "labels.txt"
-    assert config.HasField("dynamic_batching")
-    assert [group.count for group in config.instance_group] == [1]
+    assert parsed.HasField("dynamic_batching")
+    assert [group.count for group in parsed.instance_group] == [1]
     lines = (repository / model / "labels.txt").read_text().splitlines()
     assert lines == [label_line(label) for label in card.labels]
+
+
+def test_any_name_of_a_model_is_quoted():
+    name = 'a "b" \\ c'
+    document = config(name, read_card(find_model("inception")))
+    assert text_format.Parse(document, model_config_pb2.ModelConfig()).name == name
 
 
 def test_the_model_in_it_is_the_model(repository):

@@ -50,6 +50,7 @@ def write_repository(folder: Path, models: Mapping[str, Path]) -> list[Path]:
 def config(name: str, card: ModelCard) -> str:
     """Triton's ``config.pbtxt``, a ModelConfig in protocol buffer text format."""
     size = card.image_size
+    name = name.replace("\\", r"\\").replace('"', r"\"")
     return f"""\
 # {card.architecture}, {card.precision}; written by "tinyserve triton".
 name: "{name}"

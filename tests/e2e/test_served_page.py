@@ -1,8 +1,10 @@
 """``tinyserve serve --ui``: the page and the protocol on one address, over one predictor."""
 
+import shutil
 import subprocess
 import sys
 import time
+import zipfile
 
 import httpx
 import pytest
@@ -79,6 +81,41 @@ def test_the_same_picture_has_the_same_answer_everywhere(server, samples):
     for predictions in (posted, page["predictions"]):
         found = [prediction["probability"] for prediction in predictions]
         assert found == pytest.approx(expected, abs=1e-6)
+
+
+def asked(server, image, name="classify"):
+    """What an endpoint of the page answers, as its stream has it."""
+    started = server.post(f"/gradio_api/call/{name}", json={"data": [image, "inception"]})
+    return server.get(f"/gradio_api/call/{name}/{started.json()['event_id']}").text
+
+
+def test_a_client_names_no_file_of_the_servers_machine(server, samples, tmp_path):
+    secret = shutil.copy(samples / "teapot" / "val_568.JPEG", tmp_path / "secret.jpg")
+    with zipfile.ZipFile(tmp_path / "secret.zip", "w") as archive:
+        archive.write(secret, "payroll.jpg")
+    for path in (str(secret), str(tmp_path / "secret.zip"), "/etc/hostname"):
+        for meta in ({}, {"meta": {"_type": "gradio.FileData"}}):
+            file = {"path": path, **meta}
+            for answer in (asked(server, file), asked(server, [file], "classify_many")):
+                assert answer.startswith("event: error"), answer
+                assert "payroll" not in answer and "probability" not in answer
+
+
+def test_what_the_page_is_sent_has_the_servers_limits(samples):
+    with running("inception", ui=True, limits=Limits(body_bytes=100_000)) as server:
+        for path in ("/gradio_api/queue/join", "/gradio_api/call/classify"):
+            assert server.post(path, content=bytes(100_001)).status_code == 413
+        # Uploads are written to files and have a limit of their own.
+        files = {"files": ("a.jpg", bytes(100_001))}
+        assert server.post("/gradio_api/upload", files=files).status_code == 200
+        assert "not an image" in asked(server, uploaded(server, bytes(100_001)))
+        photo = (samples / "teapot" / "val_568.JPEG").read_bytes()
+        assert "probability" in asked(server, uploaded(server, photo))
+
+
+def uploaded(server, content):
+    (path,) = server.post("/gradio_api/upload", files={"files": ("a.jpg", content)}).json()
+    return {"path": path, "meta": {"_type": "gradio.FileData"}}
 
 
 def test_a_long_job_holds_nobody_up(server, samples, tmp_path):

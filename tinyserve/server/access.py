@@ -65,7 +65,7 @@ class Access:
         if not self._keys or path in HEALTH:
             return True
         kind, _, key = headers.get("authorization", "").partition(" ")
-        given = key.strip().encode("latin-1")
+        given = key.encode("latin-1").strip()  # as text, "à" in UTF-8 ends with a space
         # All are compared, each in constant time: how long it takes says nothing of a key.
         found = [hmac.compare_digest(given, known) for known in self._keys]
         return kind.lower() == "bearer" and any(found)

@@ -2,14 +2,19 @@
 
 import asyncio
 import functools
+import threading
 from collections.abc import Container
 
 from fastapi import FastAPI
+from starlette.requests import Request
 from starlette.routing import Match, Mount, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tinyserve.classifier import Classifier
+from tinyserve.server.body import Bodies
 from tinyserve.server.service import Service
+
+_UPLOAD = "/gradio_api/upload"
 
 
 def add_page(app: FastAPI, service: Service) -> None:
@@ -22,13 +27,18 @@ def add_page(app: FastAPI, service: Service) -> None:
 
     models = service.models
 
+    loading = threading.Lock()
+
     @functools.cache  # those that are not served are loaded when they are first asked for
     def load_other(name: str) -> Classifier:
         return Classifier(name, device=service.settings.device)
 
     def load(name: str) -> Classifier:
         # Asked for anew each time: a file that is replaced takes over here, too.
-        return models.classifiers.get(name) or load_other(name)
+        if served := models.classifiers.get(name):
+            return served
+        with loading:  # two visitors may ask for it at a time
+            return load_other(name)
 
     async def mount_page() -> None:
         page = build_page(models.names, load)
@@ -36,13 +46,17 @@ def add_page(app: FastAPI, service: Service) -> None:
         import gradio
 
         gradio.mount_gradio_app(app, page, "/", **options())
+        # Until then Gradio takes any path that a client names for the page's own, and copies the
+        # file to the uploads; only launch() says so by itself.
+        page.has_launched = True
 
     # Where no event loop runs, Gradio makes one for each of its locks and closes none of them.
     asyncio.run(mount_page())
     mount = app.routes.pop()
     assert isinstance(mount, Mount)
     taken = {_beginning(route.path) for route in app.routes if isinstance(route, Route)}
-    app.routes.append(_Page(_UntilTheEnd(mount.app, service.ended), taken))
+    limited = _Limited(mount.app, service.bodies)
+    app.routes.append(_Page(_UntilTheEnd(limited, service.ended), taken))
 
 
 def _beginning(path: str) -> str:
@@ -62,6 +76,30 @@ class _Page(Mount):
         if _beginning(scope["path"]) in self._taken:
             return Match.NONE, {}
         return super().matches(scope)
+
+
+class _Limited:
+    """An application whose requests keep to the server's limits, but for uploads, which Gradio
+    writes to files and has a limit of its own for."""
+
+    def __init__(self, app: ASGIApp, bodies: Bodies) -> None:
+        self._app = app
+        self._bodies = bodies
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        bare = scope["type"] != "http" or scope["method"] in ("GET", "HEAD")
+        if bare or scope["path"] == _UPLOAD:
+            await self._app(scope, receive, send)
+            return
+        async with self._bodies.read(Request(scope, receive)) as body:
+            unread = [body]
+
+            async def read() -> Message:
+                if unread:
+                    return {"type": "http.request", "body": unread.pop()}
+                return await receive()
+
+            await self._app(scope, read, send)
 
 
 class _UntilTheEnd:
