@@ -220,6 +220,27 @@ def test_who_leaves_is_not_computed():
     asyncio.run(main())
 
 
+def test_who_leaves_while_the_batch_before_is_computed_is_not_computed():
+    async def main():
+        device = Device()
+        batcher = Batcher(device.run, max_batch_size=3)
+        with held(device, batcher):
+            await busy_with_it(device)
+            waiting, leaving = (asyncio.ensure_future(ask(batcher, *n)) for n in ([1, 2], [3, 4]))
+            await asyncio.sleep(0)
+            device.began.clear()
+            first, device.gate = device.gate, threading.Event()
+            first.set()
+            await busy_with_it(device)  # with 1 and 2, beside which 3 and 4 had no room
+            leaving.cancel()
+            await asyncio.wait([leaving])
+        assert await waiting == [2, 4]
+        await batcher.drain()
+        assert device.batches == [[0], [1, 2]]
+
+    asyncio.run(main())
+
+
 def test_who_fails_fails_alone():
     async def main():
         device = Device()

@@ -1,6 +1,7 @@
 import io
 import os
 import struct
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -247,6 +248,30 @@ def test_orientation_is_found_behind_long_profiles(picture, before):
     assert images.decode(data[:2] + before * profile + data[2:]).shape == (96, 64, 3)
     # Bytes that fill up are allowed in front of a segment.
     assert images.decode(data[:2] + before * (profile + b"\xff") + data[2:]).shape == (96, 64, 3)
+
+
+def test_padding_before_the_picture_is_not_looked_through_byte_by_byte(picture):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = encode(picture, "JPEG", exif=exif)
+    for padding, shape in (
+        (2**24 * b"\xff", (96, 64, 3)),
+        (2**22 * b"\xff\xfe\0\2", (64, 96, 3)),  # of so many segments the last is not reached
+    ):
+        steps = 0
+
+        def count(*_):
+            nonlocal steps
+            steps += 1
+
+        padded = data[:2] + padding + data[2:]
+        sys.setprofile(count)
+        try:
+            decoded = images.decode(padded)
+        finally:
+            sys.setprofile(None)
+        assert decoded.shape == shape
+        assert steps < 20_000
 
 
 @pytest.mark.parametrize("exif", [bytes(20), b"garbage", b"Exif\0\0MM"])

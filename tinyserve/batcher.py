@@ -167,7 +167,8 @@ class Batcher:
                 batch.append(part)
                 size += len(part.images)
             yield batch
-            following = following or self._next()
+            if following is None or following.answer.cancelled():
+                following = self._next()
 
     def _next(self, timeout: float | None = None) -> _Part | None:
         """The next part that is wanted; None where the queue is closed. Raises queue.Empty."""

@@ -8,6 +8,7 @@ which is also written into every model file, is :data:`RESIZE_RULE`.
 
 import contextlib
 import os
+import re
 import stat
 import threading
 from collections.abc import Callable, Iterator
@@ -44,6 +45,10 @@ _READ = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
 _JPEG_MAGIC = b"\xff\xd8\xff"
 _JPEG_SCAN = b"\xff\xda"
 _EXIF_MAGIC = b"Exif\x00\x00"
+_JPEG_FILL = re.compile(rb"\xff+(?=\xff)")
+"""Of which there may be any number in front of a segment."""
+_MOST_SEGMENTS = 1000
+"""To look through for EXIF data, which come among the first; the longest profile has 255."""
 
 _SPARE = 4
 """Large JPEGs are decoded at half of their size or less, in eighths, as long as that leaves so many
@@ -225,10 +230,10 @@ def _decode_jpeg(data: bytes, at_least: int, most_blocks: int | None = None) -> 
     if most_blocks is not None and -(-height // 8) * -(-width // 8) > most_blocks:
         raise ValueError("large")
     turn = 1
-    if _has_exif(data):
+    if exif := _exif(data):
         from tinyserve import pillow
 
-        turn = pillow.orientation(data)
+        turn = pillow.orientation(exif)
     small = min(height, width) > at_least > 0
     with _room_for(height, width):
         pixels: NDArray[np.uint8] = simplejpeg.decode_jpeg(
@@ -241,15 +246,20 @@ def _decode_jpeg(data: bytes, at_least: int, most_blocks: int | None = None) -> 
     return _upright(pixels, turn)
 
 
-def _has_exif(data: bytes) -> bool:
-    """Whether a JPEG has EXIF data; what comes before them, such as a profile, may be long."""
+def _exif(data: bytes) -> bytes | None:
+    """The EXIF data among a JPEG's first segments; what comes before them, such as a profile, may
+    be long."""
     place = 2
-    while data[place : place + 1] == b"\xff" and not data.startswith(_JPEG_SCAN, place):
+    for _ in range(_MOST_SEGMENTS):
+        if fill := _JPEG_FILL.match(data, place):
+            place = fill.end()
+        if data[place : place + 1] != b"\xff" or data.startswith(_JPEG_SCAN, place):
+            return None
+        end = place + 2 + int.from_bytes(data[place + 2 : place + 4], "big")
         if data.startswith(_EXIF_MAGIC, place + 4):
-            return True
-        filled = data.startswith(b"\xff\xff", place)
-        place += 1 if filled else 2 + int.from_bytes(data[place + 2 : place + 4], "big")
-    return False
+            return data[place + 4 : end]
+        place = end
+    return None
 
 
 def _upright(pixels: NDArray[np.uint8], orientation: int) -> NDArray[np.uint8]:

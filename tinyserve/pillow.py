@@ -47,7 +47,7 @@ def decode(
             room_for(image.height, image.width),
         ):
             image.load()
-            return np.array(_to_rgb(image)), _orientation(image)
+            return np.array(_to_rgb(image)), _orientation(image.getexif)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ImageError(f"too large: more than {Image.MAX_IMAGE_PIXELS:,} pixels") from error
     except UnidentifiedImageError as error:
@@ -88,22 +88,23 @@ def _high_bytes(image: Image.Image) -> NDArray[np.uint8]:
     return np.where(transparent, np.uint8(255), greys)
 
 
-def _orientation(image: Image.Image) -> int:
-    """1 to 8 by its EXIF data; 1 where they cannot be read, which harms no pixel."""
+def _orientation(exif: Callable[[], Image.Exif]) -> int:
+    """1 to 8 by EXIF data; 1 where they cannot be read, which harms no pixel."""
     try:
-        return int(image.getexif().get(_ORIENTATION, 1))
+        return int(exif().get(_ORIENTATION, 1))
     except Exception:  # as in decode()
         return 1
 
 
 def orientation(data: bytes) -> int:
-    """The EXIF orientation, 1 to 8; ValueError where the header cannot be read."""
-    try:
-        # Opening reads the header alone.
-        with Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
-            return _orientation(image)
-    except Exception as error:  # Pillow raises almost anything on damaged data
-        raise ValueError("no readable header") from error
+    """1 to 8, of EXIF data as they are in a JPEG; 1 where they cannot be read."""
+
+    def exif() -> Image.Exif:
+        read = Image.Exif()
+        read.load(data)
+        return read
+
+    return _orientation(exif)
 
 
 def resample_square(
