@@ -213,6 +213,28 @@ def test_an_answer_that_nobody_fetches_closes_the_connection_and_one_that_is_lat
     converse(test)
 
 
+@pytest.mark.parametrize("waits", [False, True], ids=["its body", "its answer"])
+def test_a_request_that_came_before_the_last_answer_has_its_own_time(waits):
+    """Though no head comes: of its body there is more, or behind it a head has begun."""
+
+    async def test(app, connection, transport):
+        app.may.clear()
+        connection.data_received(GET)
+        await turns()
+        connection.data_received(GET + GET[:9] if waits else post(100) + bytes(10))
+        app.may.set()
+        await asyncio.sleep(0)  # the first one answers, and no other
+        app.may.clear()
+        await asyncio.sleep(2 * LIMITS.head_seconds)
+        assert (transport.answers, transport.closing) == (1, False)
+        app.may.set()
+        connection.data_received(GET[9:] if waits else bytes(90))
+        await turns()
+        assert (transport.answers, transport.closing) == (3 if waits else 2, False)
+
+    converse(test)
+
+
 def test_a_body_after_its_answer_is_no_idle_time_and_does_not_end_the_connection():
     async def test(app, connection, transport):
         app.reads_body = False

@@ -6,6 +6,7 @@ import dataclasses
 import http.client
 import io
 import json
+import logging
 import re
 import shutil
 import socket
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
@@ -23,13 +25,15 @@ from PIL import Image
 from serving import SECONDS, running, until
 
 from tinyserve import Classifier, images
+from tinyserve.devices import default_threads
 from tinyserve.engine import Engine
 from tinyserve.errors import ModelFileError, UsageError
 from tinyserve.modelfile import find_model
-from tinyserve.server import Limits, Settings
+from tinyserve.server import Limits, Settings, schema
 from tinyserve.server.models import Models
 from tinyserve.server.run import Listener
 
+INDEX = "/v2/repository/index"
 INFER = "/v2/models/inception/infer"
 
 
@@ -383,8 +387,23 @@ def test_a_body_that_is_too_long_by_its_header_or_by_counting(strict):
     assert strict.post("/classify", content=bytes(100_000)).status_code == 422
 
 
-def test_json_that_is_too_long(strict):
-    assert strict.post(INFER, content=b"[" * 20_001, headers=JSON).status_code == 413
+@pytest.mark.parametrize("path", [INDEX, INFER])
+def test_json_that_is_too_long(strict, path):
+    assert strict.post(path, content=b"[" * 20_001, headers=JSON).status_code == 413
+
+
+def test_a_long_query_of_the_index_is_read_off_the_event_loop(server, monkeypatch):
+    threads = []
+    parse = schema.IndexQuery.model_validate_json
+
+    def watched(body):
+        threads.append(threading.current_thread().name)
+        return parse(body)
+
+    monkeypatch.setattr(schema.IndexQuery, "model_validate_json", watched)
+    answer = server.post(INDEX, json={"ready": True, "x": [0] * 100_000})
+    assert [entry["name"] for entry in answer.json()] == ["inception", "baseline"]
+    assert [name.partition("_")[0] for name in threads] == ["decode"]
 
 
 def test_more_pictures_than_the_queue_ever_holds(strict, goldfish):
@@ -416,6 +435,22 @@ def test_a_body_that_comes_too_slowly(strict):
     with connect(strict) as connection:
         connection.sendall(HEAD + b"\r\n" + bytes(100))
         assert b" 408 " in connection.recv(65_536).partition(b"\r\n")[0]
+
+
+def test_a_body_that_comes_too_slowly_behind_another_request():
+    limits = dataclasses.replace(LIMITS, head_seconds=0.2)
+    with running(limits=limits) as server, connect(server) as connection:
+        connection.sendall(b"GET /v2 HTTP/1.1\r\nHost: x\r\n\r\n" + HEAD + b"\r\n" + bytes(100))
+        assert answers_on(connection, 2) == [200, 408]
+
+
+def test_what_is_no_http_is_logged_with_who_sent_it(strict, caplog):
+    caplog.set_level(logging.INFO, "tinyserve.access")
+    with connect(strict) as connection:
+        connection.sendall(b"junk\r\n\r\n")
+        assert b" 400 " in rest_of(connection).partition(b"\r\n")[0]
+    fields = [record.fields for record in caplog.records if record.name == "tinyserve.access"]
+    assert {"status": 400, "client": "127.0.0.1"} in fields
 
 
 @pytest.mark.parametrize("sent", [b"", b"GET / HT", HEAD, b"GET /v2 HTTP/1.1\r\n\r\nGET /v2 HT"])
@@ -494,6 +529,38 @@ def test_all_bodies_together_are_bounded(strict):
             connection.sendall(head + bytes(89_000))
         statuses = sorted(c.recv(65_536).split(b" ", 2)[1] for c in (first, second))
     assert statuses == [b"408", b"503"]
+
+
+def test_bodies_of_clients_that_have_gone_are_not_kept(goldfish, monkeypatch):
+    """Not even where they wait for a thread to decode them."""
+    body = bytes(8 * 2**20)
+    head = b"POST /classify HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body)
+    busy, done = threading.Event(), threading.Event()
+    load = images.load
+
+    def wait(file, **options):
+        busy.set()
+        assert done.wait(SECONDS)
+        return load(file, **options)
+
+    monkeypatch.setattr(images, "load", wait)
+    with running() as server, ThreadPoolExecutor(1) as clients:
+        files = [("f", goldfish)] * (4 + default_threads())  # some for each thread
+        first = clients.submit(server.post, "/classify", files=files)
+        assert busy.wait(SECONDS)
+        tracemalloc.start()
+        try:
+            for number in range(1, 5):
+                with connect(server) as connection:
+                    connection.sendall(head + body)
+                    until(lambda: server.metric("tinyserve_queue_images") > len(files))
+                until(lambda n=number: server.metric("tinyserve_requests_total", status="499") == n)
+            held, _ = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+            done.set()
+        assert first.result().status_code == 200
+    assert held < len(body)
 
 
 @pytest.mark.slow

@@ -167,7 +167,9 @@ def _add_models(app: FastAPI, service: Service) -> None:
     async def index(request: Request) -> list[schema.IndexEntry]:
         async with service.bodies.read(request) as body:
             try:
-                query = schema.IndexQuery.model_validate_json(body or b"{}")
+                query = await service.parse_json(
+                    len(body), schema.IndexQuery.model_validate_json, body or b"{}"
+                )
             except ValidationError as error:
                 raise RequestError(400, error.errors()[0]["msg"]) from error
         if query.ready and not service.ready:

@@ -8,7 +8,7 @@ from typing import Any, cast
 import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from tinyserve.server import Limits
+from tinyserve.server import Limits, log
 from tinyserve.server.body import GONE
 
 _MOST_PIPELINED = 64
@@ -46,7 +46,7 @@ def protocol(limits: Limits) -> type[HttpToolsProtocol]:
             self._other_bytes = 0 if self._progress else self._other_bytes + len(data)
             if self._other_bytes > limits.head_bytes:
                 self.transport.abort()
-            if self.cycle is not None and not self.cycle.response_complete:
+            if self._answering():
                 self._head.stop()
             elif self._in_message:  # a head, or what is left of a body after an early answer
                 self._wait_for_the_rest()
@@ -104,12 +104,22 @@ def protocol(limits: Limits) -> type[HttpToolsProtocol]:
 
         def on_response_complete(self) -> None:
             super().on_response_complete()
-            if self._in_message:
+            if self._in_message and not self._answering():
                 self._wait_for_the_rest()
             self._together.flush()
             self._unread.stop()
             if self.transport.get_write_buffer_size():
                 self._unread.start()
+
+        def send_400_response(self, msg: str) -> None:
+            """What was no HTTP has no scope to be logged with."""
+            log.request({"status": 400, "client": self.client[0] if self.client else None})
+            super().send_400_response(msg)
+
+        def _answering(self) -> bool:
+            """Whether the request whose head came last has no answer yet: it has its own time for
+            what is left of its body, also where it was sent before the answer to another."""
+            return self.cycle is not None and not self.cycle.response_complete
 
         def _wait_for_the_rest(self) -> None:
             if not self.transport.is_closing():

@@ -19,8 +19,6 @@ from tinyserve.server.service import Service
 
 INFER = "/v2/models/{model}/infer"
 
-_QUICK_BYTES = 64 * 2**10
-"""JSON of up to this length is read on the event loop; it takes about a millisecond."""
 _QUICK_ROWS = 16
 
 _PICTURE_TYPES = ("", "application/octet-stream", "application/x-www-form-urlencoded")  # curl's
@@ -61,14 +59,8 @@ def add_infer(app: FastAPI, service: Service) -> None:
 
     async def parse(body: bytes, json_length: str | None) -> protocol.InferRequest:
         length = protocol.json_length(body, json_length)
-        if length > service.settings.limits.json_bytes:
-            raise RequestError(
-                413, f"JSON longer than {service.settings.limits.json_bytes:,} bytes"
-            )
         most = service.settings.max_queue
-        if length > _QUICK_BYTES:
-            return await service.off_loop(protocol.parse, body, length, most)
-        return protocol.parse(body, length, most)
+        return await service.parse_json(length, protocol.parse, body, length, most)
 
     async def compute(live: Model, wanted: protocol.InferRequest) -> NDArray[np.float32]:
         service.check_count(len(wanted.images))

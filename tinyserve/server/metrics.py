@@ -30,7 +30,10 @@ class Metrics:
         for collector in (PROCESS_COLLECTOR, PLATFORM_COLLECTOR, GC_COLLECTOR):
             registry.register(collector)
         requests = Counter(
-            "tinyserve_requests", "Requests answered.", ("route", "status"), registry=registry
+            "tinyserve_requests",
+            "Requests answered; what is no HTTP is refused and only logged.",
+            ("route", "status"),
+            registry=registry,
         )
         request_seconds = Histogram(
             "tinyserve_request_seconds",
