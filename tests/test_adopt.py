@@ -263,6 +263,20 @@ def test_a_folder_is_not_written_over(labels, tmp_path, capsys):
         assert f"cannot write {output}: it is a folder" in capsys.readouterr().err
 
 
+def test_neither_the_network_nor_its_labels_are_written_over(labels, tmp_path, capsys):
+    source = save(tmp_path / "good.onnx")
+    (tmp_path / "link.onnx").symlink_to(source)
+    before = source.read_bytes(), labels.read_bytes()
+    for output, words in (
+        (source, "is the network itself"),
+        (tmp_path / "link.onnx", "is the network itself"),
+        (labels, "ends in .onnx"),
+    ):
+        assert adopt(source, output, labels, size=32) == 2
+        assert words in capsys.readouterr().err
+    assert (source.read_bytes(), labels.read_bytes()) == before
+
+
 @pytest.mark.parametrize(
     ("option", "numbers", "words"),
     [

@@ -1,6 +1,7 @@
 """Whole jobs of `tinyserve classify`: every input accounted for, whatever happens."""
 
 import csv
+import dataclasses
 import io
 import json
 import os
@@ -19,7 +20,9 @@ import pytest
 
 from tinyserve.classifier import Classifier, Prediction, Result
 from tinyserve.dataset import Input
+from tinyserve.engine import read_card
 from tinyserve.errors import OutputError
+from tinyserve.modelfile import find_model, write_model
 from tinyserve.output import open_rows
 from tinyserve.resume import Resumed
 
@@ -258,7 +261,7 @@ def test_a_job_that_is_going_on_already_is_not_disturbed(samples, tmp_path):
 
 
 def test_an_output_does_not_take_the_place_of_an_input(samples, tmp_path):
-    picture = Path(shutil.copy(samples / "goldfish" / "val_68.JPEG", tmp_path / "a.jpg"))
+    picture = Path(shutil.copy(samples / "goldfish" / "val_68.JPEG", tmp_path / "a"))
     before = picture.read_bytes()
     for option in ("-o", "--summary"):
         run = classify(picture, "--format", "jsonl", option, picture)
@@ -344,6 +347,94 @@ def test_a_job_goes_on_behind_a_link(samples, tmp_path):
     assert classify(samples / "goldfish", samples / "bison", "-o", link, "--resume").returncode == 0
     assert link.is_symlink()
     assert len(rows_of(target)) == 4
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "a.JPEG", "a.zip", "a.tar.gz", "a.onnx"])
+@pytest.mark.parametrize("option", ["-o", "--summary"])
+def test_what_is_no_text_is_not_written_over(samples, tmp_path, name, option):
+    """As where a shell puts the first of many pictures behind an option that had no value."""
+    (tmp_path / name).write_bytes(b"content")
+    run = classify(samples / "goldfish", option, tmp_path / name, "--format", "jsonl")
+    assert (run.returncode, run.stdout) == (2, "")
+    assert f"{tmp_path / name} is no name for what is written" in run.stderr
+    assert (tmp_path / name).read_bytes() == b"content"
+
+
+def test_a_dash_stands_for_stdout(samples, tmp_path):
+    run = classify(samples / "goldfish", "-o", "-", cwd=tmp_path)
+    assert (run.returncode, len(run.stdout.splitlines())) == (0, 2)
+    run = classify(samples / "goldfish", "--summary", "-", cwd=tmp_path)
+    assert (run.returncode, run.stdout) == (2, "")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_readers_there_is_a_word_about_the_summary(samples, tmp_path):
+    for wanted in (["--summary", tmp_path / "s.json"], ["--report", tmp_path / "report"], []):
+        reader, writer = os.pipe()
+        os.close(reader)
+        run = subprocess.run(
+            [*COMMAND, samples, *wanted], stdout=writer, stderr=subprocess.PIPE, text=True
+        )
+        os.close(writer)
+        assert run.returncode == bool(wanted)
+        assert ("there is no summary and no report" in run.stderr) == bool(wanted)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_summary_that_may_not_be_written_is_refused_before_the_work(samples, tmp_path):
+    tmp_path.chmod(0o500)
+    run = classify(samples / "goldfish", "--summary", tmp_path / "s.json")
+    assert (run.returncode, run.stdout) == (1, "")
+    assert "no permission" in run.stderr
+
+
+def test_a_model_without_wordnet_ids_leaves_the_file_of_a_submission(samples, tmp_path):
+    card = read_card(path := find_model("baseline", ("int8",)))
+    graph = path.read_bytes()[: card.graph_bytes]
+    labels = tuple(dataclasses.replace(label, wnid=None) for label in card.labels)
+    model = tmp_path / "other.onnx"
+    write_model(model, graph, dataclasses.replace(card, labels=labels))
+    (tmp_path / "kept.txt").write_text("kept")
+    run = classify(samples, "-m", model, "--submission", "-o", tmp_path / "kept.txt")
+    assert run.returncode == 1
+    assert "needs a model whose classes have WordNet ids" in run.stderr
+    assert (tmp_path / "kept.txt").read_text() == "kept"
+
+
+def test_a_table_in_parquet_is_there_when_it_is_whole(many, samples, tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    output = tmp_path / "rows.parquet"
+    assert classify(samples / "goldfish", "-o", output).returncode == 0
+    before = output.read_bytes()
+    with subprocess.Popen([*COMMAND, many, "-o", output, "-b", "1"], stderr=subprocess.PIPE) as job:
+        while not list(tmp_path.glob(".rows.parquet.*")):
+            time.sleep(0.001)
+        job.send_signal(signal.SIGINT)
+        assert b"interrupted" in job.stderr.read()
+    assert job.returncode == 130
+    assert output.read_bytes() == before
+    assert not list(tmp_path.glob(".rows.parquet.*"))
+    (tmp_path / "link.parquet").symlink_to(output)
+    assert classify(samples, "-o", tmp_path / "link.parquet").returncode == 0
+    assert (tmp_path / "link.parquet").is_symlink()
+    assert parquet.read_table(output).num_rows == 40
+
+
+def test_relative_rows_are_gone_on_with_where_they_began(samples, tmp_path):
+    photos, output = tmp_path / "photos", tmp_path / "rows.jsonl"
+    shutil.copytree(samples / "goldfish", photos / "goldfish")
+    assert classify("photos", "-o", output, cwd=tmp_path).returncode == 0
+    before = output.read_bytes()
+    for place, paths in ((photos, "."), ("/", photos)):
+        run = classify(paths, "-o", output, "--resume", cwd=place)
+        assert run.returncode == 2
+        assert "go on from the folder where the job began" in run.stderr
+        assert output.read_bytes() == before
+    # But rows whose files are gone are kept where their folders are.
+    shutil.rmtree(photos / "goldfish")
+    shutil.copytree(samples / "teapot", photos / "teapot")
+    assert classify("photos", "-o", output, "--resume", cwd=tmp_path).returncode == 0
+    assert output.read_bytes().startswith(before)
 
 
 def test_rows_of_other_inputs_are_kept_and_said(samples, tmp_path):

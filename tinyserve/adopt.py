@@ -60,6 +60,8 @@ def adopt(
     """
     if output.is_dir():
         raise UsageError(f"cannot write {output}: it is a folder")
+    if output.exists() and source.exists() and output.samefile(source):
+        raise UsageError(f"{output} is the network itself: name another output")
     onnx = _onnx()
     model = _load(onnx, source)
     taken, given = _only_input_and_output(model, source)

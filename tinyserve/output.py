@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from tinyserve.classifier import Prediction, Result
-from tinyserve.errors import ModelFileError, OutputError, UsageError
-from tinyserve.files import held
+from tinyserve.errors import OutputError, UsageError
+from tinyserve.files import candidate, held
 from tinyserve.modelfile import Label
 
 FORMATS = ("table", "jsonl", "csv", "parquet", "submission")
@@ -241,21 +241,22 @@ def _csv_writer(stream: TextIO, k: int, model: str, *, header: bool) -> Write:
 
 def _submission_writer(stream: TextIO) -> Write:
     """File name and WordNet id, as Tiny ImageNet's test server takes them; without the inputs that
-    failed, for which it has no words."""
+    failed, for which it has no words. The model's classes must have WordNet ids."""
 
     def write(result: Result) -> None:
         if result.predictions:
-            best = result.predictions[0]
-            if best.wnid is None:
-                raise ModelFileError("a submission needs a model whose classes have WordNet ids")
-            print(f"{os.path.basename(result.path)} {best.wnid}", file=stream)
+            print(f"{os.path.basename(result.path)} {result.predictions[0].wnid}", file=stream)
 
     return write
 
 
 @contextlib.contextmanager
 def _parquet(output: str, model: str) -> Iterator[Write]:
-    """The columns of CSV, in row groups."""
+    """The columns of CSV, in row groups.
+
+    A table without its end cannot be read, and one that ends early cannot be told from a whole one:
+    so it is there when it is done.
+    """
     try:
         import pyarrow as pa
         import pyarrow.parquet as parquet
@@ -276,7 +277,7 @@ def _parquet(output: str, model: str) -> Iterator[Write]:
         }
     )
     rows: list[dict[str, Any]] = []
-    with parquet.ParquetWriter(output, schema) as table:
+    with _appearing_whole(output) as path, parquet.ParquetWriter(path, schema) as table:
 
         def flush() -> None:
             table.write_table(pa.Table.from_pylist(rows, schema))
@@ -291,6 +292,15 @@ def _parquet(output: str, model: str) -> Iterator[Write]:
 
         yield write
         flush()
+
+
+@contextlib.contextmanager
+def _appearing_whole(output: str) -> Iterator[str]:
+    if os.path.exists(output) and not os.path.isfile(output):  # a device or a pipe
+        yield output
+        return
+    with candidate(Path(os.path.realpath(output))) as hidden:
+        yield str(hidden)
 
 
 def _table_writer(stream: TextIO, widest: int) -> Write:

@@ -10,6 +10,7 @@ from tinyserve.classifier import Classifier, Result
 from tinyserve.dataset import Input, version_of, with_label
 from tinyserve.errors import DataError, OutputError, UsageError
 from tinyserve.files import candidate, remove_candidates
+from tinyserve.members import is_remote
 from tinyserve.output import RESUMABLE, locked, open_rows, read_rows
 
 
@@ -67,9 +68,17 @@ class Resumed:
                     ) as write,
                 ):
                     shutil.copymode(self._output, kept)
+                    folders: set[str] = set()
                     for row in read_rows(self._output, self._format):
+                        folders.add(_top_folder(row["path"]))
                         if not self._holds(row):
                             _count(self._taken_out, row["path"])
+                    folders.discard("")
+                    if folders and not any(map(os.path.lexists, folders)):
+                        raise UsageError(
+                            f"the paths in {self._output} lead nowhere from here: go on from the "
+                            "folder where the job began"
+                        )
                     for row in read_rows(self._output, self._format):
                         if _key(row["path"]) in self._taken_out:
                             continue
@@ -128,6 +137,11 @@ class Resumed:
                 yield item
         self.others = sum(self._done.values())
         self.lost = sum(self._taken_out.values())
+
+
+def _top_folder(path: str) -> str:
+    """The first folder of a relative path that has one; otherwise nothing."""
+    return "" if is_remote(path) else path.rpartition(os.sep)[0].partition(os.sep)[0]
 
 
 def _count(rows: dict[int, int], path: str) -> None:

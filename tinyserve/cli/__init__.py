@@ -36,7 +36,6 @@ _COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
-    arguments = _parser(*argv[:1]).parse_args(argv)
     logging.basicConfig(format="tinyserve: %(message)s", level=logging.WARNING, force=True)
     # Closed before the start, by >&-, a stream is None; these are for as long as the process.
     sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
@@ -46,6 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     try:
+        arguments = _parser(*argv[:1]).parse_args(argv)
         code: int = arguments.command(arguments)
         sys.stdout.flush()
         return code

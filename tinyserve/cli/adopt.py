@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 from tinyserve.cli.arguments import Commands, count, number
+from tinyserve.errors import UsageError
 
 
 def add_to(commands: Commands) -> None:
@@ -29,6 +30,8 @@ def adopt(arguments: argparse.Namespace) -> int:
     from tinyserve.adopt import read_labels
 
     output = Path(arguments.output)
+    if output.suffix.lower() != ".onnx" and not output.is_dir():  # the labels, say
+        raise UsageError(f"{output} is no name for a model file: it ends in .onnx")
     card = adopt_model(
         Path(arguments.source),
         output,

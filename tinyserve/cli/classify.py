@@ -20,8 +20,9 @@ from tinyserve.cli.terminal import SOME_FAILED, progress
 from tinyserve.confidence import in_words, operating_point
 from tinyserve.dataset import Input, find_inputs
 from tinyserve.devices import default_threads, device_name
-from tinyserve.errors import OutputError, UsageError
-from tinyserve.members import is_remote
+from tinyserve.errors import ModelFileError, OutputError, UsageError
+from tinyserve.images import is_image_name
+from tinyserve.members import TARS, is_remote
 from tinyserve.modelfile import DEFAULT_MODEL, PRECISIONS
 from tinyserve.output import FORMATS, format_of, open_rows
 from tinyserve.report import Summary, Tally
@@ -85,7 +86,13 @@ def add_to(commands: Commands) -> None:
         const="submission",
         help="write what Tiny ImageNet's test server takes: file name and WordNet id",
     )
-    add("-o", "--output", metavar="FILE", help="write the rows here instead of to stdout")
+    add(
+        "-o",
+        "--output",
+        type=lambda name: None if name == "-" else name,
+        metavar="FILE",
+        help="write the rows here instead of to stdout",
+    )
     add(
         "--ray",
         nargs="?",
@@ -141,6 +148,8 @@ def classify(arguments: argparse.Namespace) -> int:
         point = operating_point(classifier.card, arguments.target_precision)
         threshold = point.threshold
         print(f"tinyserve: {in_words(point, classifier.card)}", file=sys.stderr)
+    if format_ == "submission" and None in [label.wnid for label in classifier.card.labels]:
+        raise ModelFileError("a submission needs a model whose classes have WordNet ids")
     tally = Tally()
     collectors = [tally.add]
     if arguments.report is not None:
@@ -159,28 +168,36 @@ def classify(arguments: argparse.Namespace) -> int:
     kept = tally.inputs
     total = listed - kept if all_of_them else None
     start = time.perf_counter()
-    with (
-        open_rows(
-            output,
-            format_,
-            k=k,
-            model=classifier.fingerprint,
-            widest=widest,
-            append=kept > 0,
-        ) as write,
-        contextlib.closing(
-            classifier.classify_many(inputs, k=k, batch_size=settings.batch_size)
-        ) as results,
-        progress(total, rows=output is None) as advance,
-    ):
-        for result in results:
-            result = result.at_least(threshold)
-            for collect in collectors:
-                collect(result)
-            write(result)
-            advance()
-            if arguments.max_errors is not None and tally.failed > arguments.max_errors:
-                break
+    try:
+        with (
+            open_rows(
+                output,
+                format_,
+                k=k,
+                model=classifier.fingerprint,
+                widest=widest,
+                append=kept > 0,
+            ) as write,
+            contextlib.closing(
+                classifier.classify_many(inputs, k=k, batch_size=settings.batch_size)
+            ) as results,
+            progress(total, rows=output is None) as advance,
+        ):
+            for result in results:
+                result = result.at_least(threshold)
+                for collect in collectors:
+                    collect(result)
+                write(result)
+                advance()
+                if arguments.max_errors is not None and tally.failed > arguments.max_errors:
+                    break
+    except BrokenPipeError as error:
+        if not (arguments.summary or arguments.report):
+            raise
+        raise OutputError(
+            "stdout was closed before the end, so there is no summary and no report: write the "
+            "rows to a file (-o)"
+        ) from error
     summary = tally.summary(
         model=model_name(arguments.model),
         precision=classifier.card.precision,
@@ -211,11 +228,19 @@ def classify(arguments: argparse.Namespace) -> int:
 def _check_outputs(arguments: argparse.Namespace) -> None:
     """Before the work, not after it."""
     output, summary = arguments.output, arguments.summary
+    if summary == "-":
+        raise UsageError("--summary wants a file: the rows go to stdout")
     if summary and not os.path.isdir(os.path.dirname(summary) or "."):
         raise OutputError(f"cannot write {summary}: there is no such folder")
     if summary and os.path.isdir(summary):
         raise OutputError(f"cannot write {summary}: it is a folder")
+    place = summary if summary and os.path.exists(summary) else os.path.dirname(summary or "")
+    if summary and not os.access(place or ".", os.W_OK):
+        raise OutputError(f"cannot write {summary}: no permission")
     for path in filter(None, (output, summary)):
+        # Without its own value, -o takes the first picture that a shell finds for *.jpg.
+        if is_image_name(path) or path.lower().endswith((".zip", ".onnx", *TARS)):
+            raise UsageError(f"{path} is no name for what is written: name another output")
         if os.path.isfile(path) and any(
             os.path.isfile(given) and os.path.samefile(given, path) for given in arguments.paths
         ):
@@ -300,12 +325,13 @@ def _to_be_shared(paths: Sequence[str]) -> Iterator[Input]:
 
 def _conclude(arguments: argparse.Namespace, summary: Summary) -> int:
     # First what is kept: whoever reads along may have left.
+    failure = None
     if arguments.summary:
         document = json.dumps(dataclasses.asdict(summary), indent=2) + "\n"
         try:
             Path(arguments.summary).write_text(document)
         except OSError as error:
-            raise OutputError(f"cannot write {arguments.summary}: {error.strerror}") from error
+            failure = OutputError(f"cannot write {arguments.summary}: {error.strerror}")
     if arguments.max_errors is not None and summary.failed > arguments.max_errors:
         print(
             f"tinyserve: stopped: more than {arguments.max_errors:,} inputs failed",
@@ -313,6 +339,8 @@ def _conclude(arguments: argparse.Namespace, summary: Summary) -> int:
         )
     for line in _summary_lines(summary):
         print(line, file=sys.stderr)
+    if failure is not None:
+        raise failure
     return SOME_FAILED if summary.failed else 0
 
 

@@ -65,7 +65,8 @@ def models(arguments: argparse.Namespace) -> int:
         )
         rows = [_model_row(name, found[name], cards[name], default) for name in cards]
         print_columns([header, *rows])
-        print("* what classify uses without -m; top-1 on the validation images, see tinyserve info")
+        star = "* what classify uses without -m; " if default in found.values() else ""
+        print(f"{star}top-1 on the validation images, see tinyserve info")
     return 0 if len(cards) == len(found) else ModelFileError.exit_code
 
 

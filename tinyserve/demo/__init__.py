@@ -15,6 +15,7 @@ import time
 from collections.abc import Sequence
 
 from tinyserve.classifier import Classifier
+from tinyserve.cli.arguments import whole
 from tinyserve.demo.answers import device
 from tinyserve.demo.page import build_page, options
 from tinyserve.devices import DEVICES
@@ -81,7 +82,7 @@ def serve(host: str, port: int, model: str, device_wanted: str | None) -> None:
 
 
 def _port(text: str) -> int:
-    number = int(text)
+    number = whole(text)
     if not 1 <= number <= 65_535:
         raise argparse.ArgumentTypeError("must be from 1 to 65535")
     return number
