@@ -40,7 +40,7 @@ class Fed(Trainer):
     """A trainer that draws no crops."""
 
     def _boxes(self) -> augment.Boxes:
-        return augment.placed_crops(
+        return augment.centre_crops(
             self.batch_size, *self.images.shape[1:3], self.config.recipe.crop, self.device
         )
 
@@ -198,7 +198,7 @@ def main() -> None:
             return seconds(usual, steps)
 
     print(
-        f"{arguments.arch}, {recipe.final_size} px, batches of {recipe.batch_size}, "
+        f"{arguments.arch}, {recipe.final_size} px, batches of {usual.batch_size}, "
         f"{config.precision}, {hardware.name_of(device)}, "
         f"{'compiled' if arguments.compile else 'eager'}; "
         f"medians of {arguments.rounds} rounds of {arguments.steps} steps"
@@ -209,7 +209,7 @@ def main() -> None:
     for _ in range(arguments.rounds):
         for name, trainer in trainers.items():
             times[name].append(turn(trainer, arguments.steps))
-    images = arguments.steps * recipe.batch_size
+    images = arguments.steps * usual.batch_size
     speeds = {name: images / statistics.median(rounds) for name, rounds in times.items()}
     for name, speed in speeds.items():
         ratio = speed / speeds["without data work"]

@@ -94,25 +94,15 @@ def random_resized_crops(
     )
 
 
-def placed_crops(
-    count: int,
-    height: int,
-    width: int,
-    size: int,
-    device: torch.device,
-    *,
-    row: float = 0.5,
-    column: float = 0.5,
-    flip: bool = False,
-) -> Boxes:
-    """The same region of ``size`` x ``size`` for every image; by default the centre."""
+def centre_crops(count: int, height: int, width: int, size: int, device: torch.device) -> Boxes:
+    """The ``size`` x ``size`` in the centre of every image."""
     side = torch.full((count,), float(size), device=device)
     return Boxes(
-        top=torch.full_like(side, (height - size) * row).round(),
-        left=torch.full_like(side, (width - size) * column).round(),
+        top=torch.full_like(side, (height - size) / 2).round(),
+        left=torch.full_like(side, (width - size) / 2).round(),
         height=side,
         width=side,
-        flip=torch.full((count,), flip, device=device),
+        flip=torch.zeros(count, dtype=torch.bool, device=device),
     )
 
 

@@ -78,8 +78,9 @@ class Dataset:
     here, they are what is in ``val``."""
     root: Path
     fingerprint: str
-    """SHA-256 over every file's relative path and size: the same for every copy of the data. What
-    is in ``val/`` does not count where images are held out in its place."""
+    """SHA-256 over the relative path and size of every file that was read: the same for every copy
+    of the data. Damaged images that were left out do not count, as none of them can be held out,
+    and neither does what is in ``val/`` where images are held out in its place."""
 
     @property
     def described(self) -> str:
@@ -138,7 +139,8 @@ def load(root: Path, *, image_size: int = 64, skip_bad: bool = False, holdout: i
         _note(f"class folders without training images: {_some(empty)}")
     has_val = (root / "val").is_dir() and not holdout
     _note_others([*(train_folder / name for name in names), *([root / "val"] if has_val else [])])
-    train = _decode_split(root, "train", train_files, image_size, skip_bad=skip_bad)
+    _note_loose(train_folder)
+    train, train_files = _decode_split(root, "train", train_files, image_size, skip_bad=skip_bad)
 
     val_files: list[tuple[str, int]] = []
     held_out = np.array([], dtype=np.int64)
@@ -146,7 +148,7 @@ def load(root: Path, *, image_size: int = 64, skip_bad: bool = False, holdout: i
         val_files = _val_files(root / "val", index)
         if not val_files:
             raise DataError(no_images(root / "val"))
-        val = _decode_split(root, "val", val_files, image_size, skip_bad=skip_bad)
+        val, val_files = _decode_split(root, "val", val_files, image_size, skip_bad=skip_bad)
         _warn_of_duplicates(train.images, val)
     else:
         held_out = _evenly(train.labels, holdout or math.ceil(HOLDOUT * len(train)))
@@ -184,6 +186,17 @@ def _note_others(folders: Iterable[Path]) -> None:
             else f"{count:,} files are no images that are"
         )
         _note(f"{what} known here ({_some(sorted(suffixes))}), and left out")
+
+
+def _note_loose(folder: Path) -> None:
+    """Say how many images are beside the class folders, where none has a class."""
+    count = sum(
+        is_image_name(entry.name) and not entry.name.startswith(".") and entry.is_file()
+        for entry in folder.iterdir()
+    )
+    if count:
+        what = "1 image is" if count == 1 else f"{count:,} images are"
+        _note(f"{what} in no class folder but in {folder} itself, and left out")
 
 
 def _evenly(labels: NDArray[np.int64], count: int) -> NDArray[np.int64]:
@@ -289,6 +302,7 @@ def _val_files(folder: Path, index: dict[str, int]) -> list[tuple[str, int]]:
         labels = read_annotations(annotations)
         named = [(path, labels.get(os.path.basename(path), "")) for path in walk_images(folder)]
     else:
+        _note_loose(folder)
         named = [
             (path, entry.name)
             for entry in sorted(folder.iterdir())
@@ -326,7 +340,8 @@ def _labels(root: Path, names: list[str]) -> tuple[Label, ...]:
 
 def _decode_split(
     root: Path, split: str, files: list[tuple[str, int]], size: int, *, skip_bad: bool
-) -> Split:
+) -> tuple[Split, list[tuple[str, int]]]:
+    """The images of a split, and those of ``files`` that they are of."""
     key = _fingerprint(root, files, with_time=True)[:16]
     folder = cache_folder(root)
     array_path = folder / f"{split}-{size}px-{key}.npy"
@@ -351,7 +366,7 @@ def _decode_split(
     if bad and kept:
         bad = _decode_again(array_path, bad_path, bad, files)
     if not bad:
-        return Split(pixels, labels)
+        return Split(pixels, labels), files
     if not skip_bad:
         listed = "; ".join(f"{files[i][0]}: {reason}" for i, reason in list(bad.items())[:5])
         raise DataError(
@@ -364,7 +379,7 @@ def _decode_split(
     if len(bad) == len(files):
         raise DataError(f"none of the {len(files)} {split} images below {root} can be read")
     good = np.setdiff1d(np.arange(len(files)), list(bad))
-    return Split(pixels[good], labels[good])
+    return Split(pixels[good], labels[good]), [files[position] for position in good]
 
 
 def _decode_again(

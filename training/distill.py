@@ -77,6 +77,8 @@ class Source:
     """Images to ask about at a time."""
     ask: Callable[[data.Pixels], Tensor]
     """From images, uint8 ``[N, image_size, image_size, 3]``, to probabilities, ``[N, classes]``."""
+    precision: str | None = None
+    """In which it is asked; None for a model file, which has its own."""
 
 
 def open_source(path: Path, device: torch.device, precision: str) -> Source:
@@ -105,16 +107,17 @@ def open_source(path: Path, device: torch.device, precision: str) -> Source:
 
     size = weights.image_size
     batch = at_a_time(BATCH if device.type == "cpu" else GPU_BATCH, size)
-    return Source(pretrained.identify(path), weights.labels, size, batch, ask)
+    return Source(pretrained.identify(path), weights.labels, size, batch, ask, precision)
 
 
 def kept_answers(sources: Sequence[Source], dataset: data.Dataset, temperature: float) -> Tensor:
     """The mean of the teachers' answers to every whole training image.
 
     Probabilities at a temperature, float16 ``[n, classes]``, in the order of the training images.
-    They are kept beside the decoded images for every later run with the same teachers. Raises
-    :class:`~tinyserve.errors.UsageError` for teachers of other classes or of images of another
-    size, and :class:`~tinyserve.errors.DataError` where the answers cannot be kept.
+    They are kept beside the decoded images for every later run with the same teachers, asked in the
+    same precision. Raises :class:`~tinyserve.errors.UsageError` for teachers of other classes or of
+    images of another size, and :class:`~tinyserve.errors.DataError` where the answers cannot be
+    kept.
     """
     images = dataset.train.images
     for source in sources:
@@ -125,7 +128,8 @@ def kept_answers(sources: Sequence[Source], dataset: data.Dataset, temperature: 
                 f"not of {images.shape[1]} px"
             )
     asked = hashlib.sha256(images.data)
-    asked.update(json.dumps([*(source.name for source in sources), temperature]).encode())
+    teachers = [(source.name, source.precision) for source in sources]
+    asked.update(json.dumps([teachers, temperature]).encode())
     path = data.cache_folder(dataset.root) / f"answers-{asked.hexdigest()[:16]}.npy"
     if not path.exists():
         names = " and ".join(source.name.rsplit(" ", 1)[0] for source in sources)

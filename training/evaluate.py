@@ -142,17 +142,17 @@ class _Counter:
 
 
 def served_accuracy(served: ServedNetwork, images: Tensor, labels: Tensor) -> Score:
-    """Accuracy of the served graph, one centre view, in the graph's own precision."""
+    """Accuracy of the served graph, with all its views, in the graph's own precision."""
     counter = _Counter(images.device)
     served.eval()
     with torch.inference_mode():
-        for indices in _batches(labels, images.shape[1]):
+        for indices in _batches(labels, images.shape[1], served.views):
             probabilities = served(images[indices])
             counter.add(probabilities.clamp(min=1e-30).log(), labels[indices])
     return counter.score()
 
 
-def view_accuracy(
+def centre_accuracy(
     network: nn.Module,
     images: Tensor,
     labels: Tensor,
@@ -161,13 +161,10 @@ def view_accuracy(
     std: Tensor,
     crop: int,
     size: int,
-    views: augment.Views,
     precision: torch.dtype,
 ) -> Score:
-    """Accuracy with the probabilities of several views averaged, under autocast.
-
-    Each view is a ``crop`` x ``crop`` region of the image, resampled to ``size`` x ``size``.
-    """
+    """Accuracy on the centre ``crop`` x ``crop`` of the images, resampled to ``size`` x ``size``,
+    under autocast."""
     device = images.device
     counter = _Counter(device)
     network.eval()
@@ -178,19 +175,14 @@ def view_accuracy(
         for indices in _batches(labels, size):
             planes = augment.normalise(images[indices], mean, std)
             count, _, height, width = planes.shape
-            mean_probabilities = torch.zeros((), device=device)
-            for row, column, flip in views:
-                boxes = augment.placed_crops(
-                    count, height, width, crop, device, row=row, column=column, flip=flip
-                )
-                logits = network(augment.extract(planes, boxes, size))
-                mean_probabilities = mean_probabilities + logits.float().softmax(dim=1) / len(views)
-            counter.add(mean_probabilities.clamp(min=1e-30).log(), labels[indices])
+            boxes = augment.centre_crops(count, height, width, crop, device)
+            logits = network(augment.extract(planes, boxes, size))
+            counter.add(logits.float().log_softmax(dim=1), labels[indices])
     return counter.score()
 
 
-def _batches(labels: Tensor, size: int) -> Iterator[slice]:
-    count = at_a_time(BATCH if labels.device.type == "cpu" else GPU_BATCH, size)
+def _batches(labels: Tensor, size: int, views: int = 1) -> Iterator[slice]:
+    count = at_a_time(BATCH if labels.device.type == "cpu" else GPU_BATCH, size, views)
     for start in range(0, len(labels), count):
         yield slice(start, start + count)
 

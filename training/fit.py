@@ -338,10 +338,14 @@ def _finish(
     )
     if not trainer.workers.first:
         return
-    served = weights.served().to(trainer.device).to(memory_format=torch.channels_last)
-    scores = {SINGLE: served_accuracy(served, *trainer.val)}
+
+    def accuracy(views: augment.Views) -> Score:
+        served = weights.served(views).to(trainer.device).to(memory_format=torch.channels_last)
+        return served_accuracy(served, *trainer.val)
+
+    scores = {SINGLE: accuracy(augment.CENTRE)}
     if recipe.ten_crop:
-        scores[TEN] = trainer.view_accuracy(served.network, recipe.final_size, augment.TEN_CROPS)
+        scores[TEN] = accuracy(augment.TEN_CROPS)
     single = scores[SINGLE]
     training = dataclasses.replace(weights.training, val_top1=single.top1, val_top5=single.top5)
     # Before the weights, whose presence says that a run is done.
@@ -350,7 +354,7 @@ def _finish(
         {
             **{views: _describe(score) for views, score in scores.items()},
             "training_seconds": sum(row["seconds"] for row in history),
-            "parameters": count_parameters(served.network),
+            "parameters": count_parameters(trainer.model),
             "peak_memory_bytes": hardware.peak_memory(trainer.device),
             "train_images": len(trainer.subset),
             "held_out": len(dataset.held_out),

@@ -124,9 +124,11 @@ def _whole_mean(mean: Tensor, image_size: int) -> Tensor:
     if (pixels == pixels[0]).all():
         return pixels[0]
     side = math.isqrt(len(pixels))
-    border = (image_size - side) // 2
+    first = round((image_size - side) / 2)  # where ServedNetwork crops
+    last = image_size - side - first
     image = pixels.reshape(1, side, side, 3).movedim(3, 1)
-    return F.pad(image, (border,) * 4, mode="replicate")[0].movedim(0, 2).contiguous()
+    padded = F.pad(image, (first, last, first, last), mode="replicate")
+    return padded[0].movedim(0, 2).contiguous()
 
 
 def identify(path: Path) -> str:

@@ -102,6 +102,8 @@ class Recipe:
             self.sizes, key=lambda size: size[0]
         ):
             raise UsageError("training sizes must start at progress 0 and be in order of progress")
+        if self.sizes[-1][0] >= 1:
+            raise UsageError("the last training size must start before progress 1")
         for name in ("warmup", "momentum", "label_smoothing", "dropout", "ema"):
             if not 0 <= (getattr(self, name) or 0) < 1:
                 raise UsageError(f"{name.replace('_', ' ')} must be at least 0 and below 1")

@@ -21,7 +21,7 @@ from training.checkpoint import Weights
 from training.data import Dataset
 from training.distill import Teacher, divergence
 from training.distributed import ALONE, Workers
-from training.evaluate import Score, at_a_time, view_accuracy
+from training.evaluate import at_a_time, centre_accuracy
 from training.models import ARCHS
 from training.recipes import Recipe
 from training.run import Config, Row
@@ -226,7 +226,15 @@ class Trainer:
         loss, hits = sums.tolist()  # waits for the device
         seconds = self._seconds()
         self._average_buffers()
-        score = self.view_accuracy(self.evaluated, self.size, augment.CENTRE)
+        score = centre_accuracy(
+            self.evaluated,
+            *self.val,
+            mean=self.mean,
+            std=self.std,
+            crop=self.config.recipe.crop,
+            size=self.size,
+            precision=self.precision,
+        )
         row: Row = {
             "epoch": self.step // self.steps_per_epoch,
             "step": self.step,
@@ -242,21 +250,6 @@ class Trainer:
         }
         self._start_epoch()
         return row
-
-    def view_accuracy(self, network: nn.Module, size: int, views: augment.Views) -> Score:
-        """Accuracy on the validation split with the probabilities of several views averaged."""
-        images, labels = self.val
-        return view_accuracy(
-            network,
-            images,
-            labels,
-            mean=self.mean,
-            std=self.std,
-            crop=self.config.recipe.crop,
-            size=size,
-            views=views,
-            precision=self.precision,
-        )
 
     def state_dict(self) -> dict[str, Any]:
         """All that changes while training, for :meth:`load_state_dict`."""
@@ -292,7 +285,7 @@ class Trainer:
         wanted = min(most, max(least, wanted))
         some = self.subset[:: math.ceil(len(self.subset) / wanted)]
         _, height, width, _ = self.images.shape
-        boxes = augment.placed_crops(len(some), height, width, recipe.crop, self.device)
+        boxes = augment.centre_crops(len(some), height, width, recipe.crop, self.device)
         x, _ = self._batch(some, boxes)
         pretrained.refit_norms(self.model, x)
 

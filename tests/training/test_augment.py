@@ -127,21 +127,8 @@ def test_random_resized_boxes_stay_inside_with_the_area_asked_for(area):
     assert 0.4 < boxes.flip.float().mean() < 0.6
 
 
-def test_ten_crops_are_corners_centre_and_their_mirrors(pictures):
-    corners = [(0, 0), (0, 24), (8, 0), (8, 24), (4, 12)]
-    wanted = [pictures[:, top : top + 40, left : left + 40].float() for top, left in corners]
-    wanted += [crop.flip(2) for crop in wanted]
-    assert len(augment.TEN_CROPS) == 10
-    for view, crop in zip(augment.TEN_CROPS, wanted, strict=True):
-        row, column, flip = view
-        boxes = augment.placed_crops(8, 48, 64, 40, CPU, row=row, column=column, flip=flip)
-        found = augment.extract(planes_of(pictures), boxes, 40)
-        assert torch.equal(found, crop.permute(0, 3, 1, 2))
-
-
-def test_the_centre_view_is_the_centre(pictures):
-    ((row, column, flip),) = augment.CENTRE
-    boxes = augment.placed_crops(8, 48, 64, 40, CPU, row=row, column=column, flip=flip)
+def test_centre_crops_are_the_centre(pictures):
+    boxes = augment.centre_crops(8, 48, 64, 40, CPU)
     found = augment.extract(planes_of(pictures), boxes, 40)
     assert torch.equal(found, pictures[:, 4:44, 12:52].permute(0, 3, 1, 2).float())
 

@@ -1,5 +1,6 @@
 """The scripts in benchmarks/ run, on a few pictures."""
 
+import importlib
 import json
 import os
 import re
@@ -91,6 +92,19 @@ def test_training_speed_is_printed_with_ratios(photos):
     assert found.returncode == 0, found.stderr
     assert found.stdout.count("of the limit") == 3
     assert "GFLOP an image" in found.stdout
+
+
+@pytest.mark.slow
+def test_training_speed_counts_the_images_of_batches_that_are_made(photos, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    speed = importlib.import_module("training_speed")
+    monkeypatch.setattr(speed, "seconds", lambda _trainer, steps: float(steps))
+    arguments = ["--arch", "baseline", "-b", "500", "-j", "0", "--steps", "2", "--rounds", "1"]
+    monkeypatch.setattr(sys, "argv", ["training_speed.py", "--data", str(photos), *arguments])
+    speed.main()
+    said = capsys.readouterr().out
+    assert "batches of 27, " in said  # all that there are
+    assert len(re.findall(r" 27 images/s +1\.00 of the limit", said)) == 3
 
 
 @pytest.mark.slow

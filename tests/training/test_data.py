@@ -170,6 +170,26 @@ def test_files_of_formats_that_are_not_read_are_counted(folders, capsys):
     assert "note: 1 file is no image that is known here (no suffix)" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_pictures_beside_the_class_folders_are_counted(folders, make_picture, capsys, split):
+    for name in ("0.jpg", "notes.txt", "._0.jpg"):
+        make_picture(folders / split / name, (1, 2, 3), 1)
+    dataset = data.load(folders)
+    assert (len(dataset.train), len(dataset.val)) == (6, 3)
+    place = f"in no class folder but in {folders / split} itself, and left out\n"
+    assert capsys.readouterr().err == f"note: 1 image is {place}"
+    make_picture(folders / split / "1.PNG", (1, 2, 3), 2)
+    data.load(folders)
+    assert capsys.readouterr().err == f"note: 2 images are {place}"
+
+
+def test_pictures_beside_bare_class_folders_are_counted(bare, make_picture, capsys):
+    make_picture(bare / "0.jpg", (1, 2, 3), 1)
+    assert len(data.load(bare).train) == 15
+    said = capsys.readouterr().err.splitlines()[0]
+    assert said == f"note: 1 image is in no class folder but in {bare} itself, and left out"
+
+
 def test_the_lists_of_tiny_imagenet_are_not_counted_as_files_left_out(tiny_shaped, capsys):
     data.load(tiny_shaped)
     assert capsys.readouterr().err == ""
@@ -326,6 +346,34 @@ def test_copies_have_the_same_fingerprint_and_other_data_another(folders, tmp_pa
     assert data.load(copy).fingerprint == original
     (copy / "train" / "amber" / "0.jpg").rename(copy / "train" / "jade" / "00.jpg")
     assert data.load(copy).fingerprint != original
+
+
+@pytest.mark.parametrize("holdout", [0, 3])
+def test_data_of_which_images_were_left_out_have_a_fingerprint_of_their_own(
+    folders, tmp_path, holdout
+):
+    # What is held out is chosen of the images that can be read.
+    path = folders / "train" / "jade" / "0.jpg"
+    content = path.read_bytes()
+    whole = data.load(folders, holdout=holdout).fingerprint
+    path.write_bytes(bytes(len(content)))
+    without = data.load(folders, holdout=holdout, skip_bad=True).fingerprint
+    assert without != whole
+    assert data.load(folders, holdout=holdout, skip_bad=True).fingerprint == without
+    copy = shutil.copytree(folders, tmp_path / "copy", ignore=shutil.ignore_patterns(".*"))
+    assert data.load(copy, holdout=holdout, skip_bad=True).fingerprint == without
+    path.write_bytes(content)
+    assert data.load(folders, holdout=holdout, skip_bad=True).fingerprint == whole
+
+
+def test_an_image_repaired_unnoticed_changes_the_fingerprint(folders):
+    path = folders / "train" / "jade" / "0.jpg"
+    content = path.read_bytes()
+    whole = data.load(folders, image_size=32, skip_bad=True).fingerprint
+    overwrite_unnoticed(path, b"")
+    assert data.load(folders, skip_bad=True).fingerprint != whole
+    overwrite_unnoticed(path, content)
+    assert data.load(folders, skip_bad=True).fingerprint == whole
 
 
 # The cache

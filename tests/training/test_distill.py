@@ -109,13 +109,14 @@ def answers_of(dataset, tmp_path):
         name: str | None = None,
         dataset: data.Dataset = dataset,
         temperature: float = 2.0,
+        precision: str = "fp32",
     ) -> torch.Tensor:
         sources = []
         for number, weights in enumerate(teachers):
             folder = tmp_path / f"run-{number}"
             folder.mkdir(exist_ok=True)
             checkpoint.save_weights(folder, weights)
-            source = open_source(folder, torch.device("cpu"), "fp32")
+            source = open_source(folder, torch.device("cpu"), precision)
             sources.append(dataclasses.replace(source, name=name or source.name))
         return kept_answers(sources, dataset, temperature)
 
@@ -147,6 +148,7 @@ def test_answers_are_kept_for_the_same_question_alone(small_weights, dataset, an
     assert "asking" not in capsys.readouterr().err
     assert not torch.allclose(answers_of(second), answers, atol=0.01)
     assert not torch.equal(answers_of(first, name="one 8c", temperature=1.0), answers)
+    assert not torch.equal(answers_of(first, name="one 8c", precision="bf16"), answers)
     turned = data.Split(dataset.train.images[::-1].copy(), dataset.train.labels)
     other = answers_of(first, name="one 8c", dataset=dataclasses.replace(dataset, train=turned))
     assert torch.allclose(other.flip(0), answers, atol=1e-3)

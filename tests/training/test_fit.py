@@ -467,7 +467,7 @@ def test_a_run_from_weights_begins_with_what_they_know(finished, make_trainer):
     assert torch.equal(trainer.std, weights.std)
     size = weights.network_size
     planes = augment.normalise(trainer.val[0], weights.mean, weights.std)
-    boxes = augment.placed_crops(len(planes), 64, 64, weights.crop, CPU)
+    boxes = augment.centre_crops(len(planes), 64, 64, weights.crop, CPU)
     images = augment.extract(planes, boxes, size)
     with torch.inference_mode():
         expected = weights.network()(images).softmax(dim=1)
@@ -635,6 +635,24 @@ def test_the_paper_recipe_learns_and_is_tried_on_ten_crops(photos, tmp_path, cap
     assert weights.crop == 56
     # The paper's schedule is nearly at zero at the end of every epoch.
     assert float(history(tmp_path / "run")[0]["lr"]) < 0.2 * RECIPES["paper"]("baseline").lr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["paper", "modern"])
+def test_ten_crops_are_tried_as_they_are_served_whatever_the_run_was_trained_in(
+    photos, tmp_path, recipe
+):
+    folder = tmp_path / "run"
+    arguments = f"--arch baseline --recipe {recipe} --epochs 1 -b 9 --lr 0.001 --set ten_crop=true"
+    common = f"--device cpu --precision bf16 --data {photos} --out {folder}"
+    assert fit.main([*arguments.split(), *common.split()]) == 0
+    result = json.loads((folder / "result.json").read_text())["ten crops"]
+    dataset, weights = data.load(photos), checkpoint.load_weights(folder)
+    with torch.inference_mode():
+        answers = weights.served(augment.TEN_CROPS)(torch.from_numpy(dataset.val.images))
+    labels = torch.from_numpy(dataset.val.labels)
+    expected = nn.functional.nll_loss(answers.log(), labels).item()
+    assert result["loss"] == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ from tinyserve.modelfile import Label, ModelCard, write_model
 from training import checkpoint, export, pretrained, quantize
 from training.augment import VIEWS
 from training.equalize import equalize
+from training.evaluate import ServedNetwork
 from training.models import ARCHS, is_auxiliary
 from training.models.baseline import baseline
 
@@ -129,6 +130,19 @@ def test_the_centre_of_a_mean_image_is_continued_to_its_edges():
     whole = torch.arange(6.0).reshape(1, 6, 1).expand(6, 6, 3).contiguous()
     found = pretrained._whole_mean(whole[1:5, 1:5].reshape(-1), 6)
     assert found[0, :, 2].tolist() == found[3, :, 0].tolist() == [1, 1, 2, 3, 4, 4]
+
+
+@pytest.mark.parametrize("image_size", [16, 17, 18, 19])
+def test_a_mean_image_is_subtracted_as_before_wherever_its_centre_is(image_size):
+    def served(mean: torch.Tensor) -> ServedNetwork:
+        return ServedNetwork(
+            nn.Identity(), mean, torch.ones(3), image_size=image_size, crop=8, network_size=8
+        )
+
+    before = served(torch.rand(image_size, image_size, 3)).mean
+    found = pretrained._whole_mean(before, image_size)
+    assert found.shape == (image_size, image_size, 3)
+    assert torch.equal(served(found).mean, before)
 
 
 @pytest.mark.slow

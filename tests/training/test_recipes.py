@@ -307,6 +307,7 @@ INVALID = {
     "last areas the wrong way round": {"last_crop_area": (1.0, 0.5)},
     "no size at the start": {"sizes": ((0.5, 32),)},
     "sizes out of order": {"sizes": ((0.0, 24), (0.9, 48), (0.5, 32))},
+    "a size after the end": {"sizes": ((0.0, 24), (1.0, 56))},
     "a negative share of CutMix": {"cutmix": -0.1},
     "a negative share of MixUp": {"mixup": -0.1, "cutmix": 0.5},
     "more CutMix than batches": {"cutmix": 1.1},
