@@ -288,6 +288,12 @@ def test_models_goes_on_past_a_broken_one(tmp_path):
     assert_one_line_and_no_traceback(run)
 
 
+def test_the_star_is_explained_where_there_is_one(tmp_path):
+    assert "* what classify uses without -m" in tinyserve("models").stdout
+    (tmp_path / "inception.onnx").symlink_to(find_model("inception"))
+    assert "*" not in tinyserve("models", TINYSERVE_MODELS=str(tmp_path)).stdout
+
+
 def test_info_prints_the_card():
     document = json.loads(tinyserve("info", "inception", "--json").stdout)
     assert document["format"] == 1

@@ -56,7 +56,7 @@ def _file_system(uri: str) -> tuple[Any, str]:
     except ModuleNotFoundError as error:
         raise UsageError(f"{uri} needs: pip install 'tinyserve[parquet]'") from error
     try:
-        # Spaces and accents are written as they are by most people, but taken by none of these.
+        # People write spaces and accents as they are, of which no URI has any.
         filesystem, path = fs.FileSystem.from_uri(quote(uri, _OF_URIS, errors="surrogateescape"))
     except Exception as error:  # as in members()
         raise UsageError(f"cannot read from {uri}: {first_line(error)}") from error
