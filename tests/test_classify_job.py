@@ -209,14 +209,16 @@ def test_a_csv_file_with_an_odd_line_loses_no_rows(samples, tmp_path, odd, words
 def test_two_jobs_do_not_write_one_output(many, samples, tmp_path):
     output = tmp_path / "rows.jsonl"
     with subprocess.Popen([*COMMAND, str(many), "-o", str(output), "-b", "1", "-j", "1"]) as first:
-        while not output.exists():
+        while not (output.exists() and output.stat().st_size):  # it opens before it locks
             time.sleep(0.001)
         first.send_signal(signal.SIGSTOP)
-        for more in ([], ["--resume"]):
-            second = classify(samples / "bison", "-o", output, *more)
-            assert second.returncode == 1
-            assert f"cannot write {output}: another job is writing it" in second.stderr
-        first.send_signal(signal.SIGCONT)
+        try:
+            for more in ([], ["--resume"]):
+                second = classify(samples / "bison", "-o", output, *more)
+                assert second.returncode == 1
+                assert f"cannot write {output}: another job is writing it" in second.stderr
+        finally:
+            first.send_signal(signal.SIGCONT)
     assert first.returncode == 0
     assert [row["path"] for row in rows_of(output)] == [
         str(many / f"{number}.jpg") for number in range(600)
