@@ -18,7 +18,7 @@ from tinyserve import images
 from tinyserve.dataset import Input
 from tinyserve.devices import preferred_precisions
 from tinyserve.engine import Engine, SelfTest
-from tinyserve.errors import ImageError, UsageError
+from tinyserve.errors import ImageError, UsageError, check_at_least_one
 from tinyserve.modelfile import DEFAULT_MODEL, PRECISIONS, Label, ModelCard, find_model
 
 _HELD = 128 * 2**20
@@ -148,9 +148,8 @@ class Classifier:
         """
         if isinstance(inputs, str | bytes | os.PathLike):
             raise TypeError("classify_many takes many inputs; classify takes one")
-        _at_least_one("k", k)
-        if batch_size is not None:
-            _at_least_one("batch_size", batch_size)
+        check_at_least_one("k", k)
+        check_at_least_one("batch_size", batch_size)
         return self._classify_many(map(_input, inputs), k, batch_size)
 
     def _classify_many(
@@ -231,7 +230,7 @@ def likeliest(
     """Of each row of probabilities, float32 ``[N, classes]``, the ``k`` likeliest classes, best
     first; of equal ones the first. Raises :class:`~tinyserve.errors.UsageError` where ``k`` is less
     than 1."""
-    _at_least_one("k", k)
+    check_at_least_one("k", k)
     # For all rows at once, a place after the other: of a few places that takes less than to sort.
     rest, each = rows.copy(), np.arange(len(rows))
     best = np.empty((len(rows), min(k, rows.shape[1])), np.intp)
@@ -248,11 +247,6 @@ def likeliest(
         )
         for row in zip(best.tolist(), probabilities.tolist(), strict=True)
     ]
-
-
-def _at_least_one(name: str, value: int) -> None:
-    if value < 1:
-        raise UsageError(f"{name} must be at least 1, not {value}")
 
 
 def model_file(

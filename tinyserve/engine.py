@@ -25,7 +25,13 @@ from tinyserve.devices import (
     openvino_problem,
     wanted_device,
 )
-from tinyserve.errors import DeviceError, GateError, ModelFileError, TinyserveError, UsageError
+from tinyserve.errors import (
+    DeviceError,
+    GateError,
+    ModelFileError,
+    TinyserveError,
+    check_at_least_one,
+)
 from tinyserve.modelfile import ModelCard, check_graph
 from tinyserve.onnxruntime_session import OnnxRuntimeSession, read_unprepared
 from tinyserve.openvino_session import OpenVinoSession
@@ -85,9 +91,8 @@ class Engine:
         self_test: SelfTest = True,
     ) -> None:
         device = wanted_device(device)
-        for name, value in (("streams", streams), ("threads", threads)):
-            if value is not None and value < 1:
-                raise UsageError(f"{name} must be at least 1, not {value}")
+        check_at_least_one("streams", streams)
+        check_at_least_one("threads", threads)
         self.streams = streams
         self._threads = threads or default_threads()
         self.path = Path(path)

@@ -73,6 +73,12 @@ class DeviceError(TinyserveError):
     exit_code = 5
 
 
+def check_at_least_one(name: str, value: int | None) -> None:
+    """Raise :class:`UsageError` for an argument of less than 1; None stands for its default."""
+    if value is not None and value < 1:
+        raise UsageError(f"{name} must be at least 1, not {value}")
+
+
 def first_line(error: BaseException) -> str:
     """What an error of other software says, without the stack that some add to it."""
     return str(error).strip().partition("\n")[0] or type(error).__name__

@@ -230,13 +230,14 @@ def _check_outputs(arguments: argparse.Namespace) -> None:
     output, summary = arguments.output, arguments.summary
     if summary == "-":
         raise UsageError("--summary wants a file: the rows go to stdout")
-    if summary and not os.path.isdir(os.path.dirname(summary) or "."):
-        raise OutputError(f"cannot write {summary}: there is no such folder")
-    if summary and os.path.isdir(summary):
-        raise OutputError(f"cannot write {summary}: it is a folder")
-    place = summary if summary and os.path.exists(summary) else os.path.dirname(summary or "")
-    if summary and not os.access(place or ".", os.W_OK):
-        raise OutputError(f"cannot write {summary}: no permission")
+    if summary:
+        folder = os.path.dirname(summary) or "."
+        if not os.path.isdir(folder):
+            raise OutputError(f"cannot write {summary}: there is no such folder")
+        if os.path.isdir(summary):
+            raise OutputError(f"cannot write {summary}: it is a folder")
+        if not os.access(summary if os.path.exists(summary) else folder, os.W_OK):
+            raise OutputError(f"cannot write {summary}: no permission")
     for path in filter(None, (output, summary)):
         # Without its own value, -o takes the first picture that a shell finds for *.jpg.
         if is_image_name(path) or path.lower().endswith((".zip", ".onnx", *TARS)):

@@ -6,23 +6,20 @@ other machine.
 """
 
 import argparse
-import functools
 import logging
 import signal
 import sys
-import threading
 import time
 from collections.abc import Sequence
 
-from tinyserve.classifier import Classifier
 from tinyserve.cli.arguments import whole
-from tinyserve.demo.answers import device
+from tinyserve.demo.answers import device, loader
 from tinyserve.demo.page import build_page, options
 from tinyserve.devices import DEVICES
 from tinyserve.errors import TinyserveError, UsageError
 from tinyserve.modelfile import DEFAULT_MODEL
 
-__all__ = ["build_page", "main", "options"]
+__all__ = ["build_page", "loader", "main", "options"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -44,17 +41,7 @@ def serve(host: str, port: int, model: str, device_wanted: str | None) -> None:
     Raises :class:`TinyserveError` where the model or the device cannot be used, Gradio is not
     installed, or the address is taken.
     """
-
-    loading = threading.Lock()
-
-    @functools.cache  # every other model is loaded when it is first asked for
-    def loaded(name: str) -> Classifier:
-        return Classifier(name, device=device_wanted)
-
-    def load(name: str) -> Classifier:
-        with loading:  # two visitors may ask for it at a time
-            return loaded(name)
-
+    load = loader(device_wanted)
     # The line below and the page say why the CPU runs; the logger need not say it too.
     logging.getLogger("tinyserve").setLevel(logging.ERROR)
     runs_on = device(load(model))

@@ -4,8 +4,10 @@ A file arrives as Gradio hands it over unprocessed: a mapping whose ``path`` say
 lies. Every function raises :class:`~tinyserve.errors.TinyserveError`.
 """
 
+import functools
 import itertools
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -132,6 +134,21 @@ class Answers:
         if not (inside and path.is_file()):
             raise ImageError("this file was not uploaded")
         return path
+
+
+def loader(device: str | None) -> Callable[[str], Classifier]:
+    """What gives the classifier of a name, loaded when it is first asked for, and then kept."""
+    loading = threading.Lock()
+
+    @functools.cache
+    def loaded(name: str) -> Classifier:
+        return Classifier(name, device=device)
+
+    def load(name: str) -> Classifier:
+        with loading:  # two visitors may ask for it at a time
+            return loaded(name)
+
+    return load
 
 
 def samples() -> list[Input]:

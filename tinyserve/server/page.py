@@ -1,8 +1,6 @@
 """The demo page on the server's own address, over the very models that it serves."""
 
 import asyncio
-import functools
-import threading
 from collections.abc import Container
 
 from fastapi import FastAPI
@@ -23,22 +21,14 @@ def add_page(app: FastAPI, service: Service) -> None:
     Raises :class:`~tinyserve.errors.UsageError` where Gradio is not installed, or nothing can be
     uploaded to.
     """
-    from tinyserve.demo import build_page, options
+    from tinyserve.demo import build_page, loader, options
 
     models = service.models
-
-    loading = threading.Lock()
-
-    @functools.cache  # those that are not served are loaded when they are first asked for
-    def load_other(name: str) -> Classifier:
-        return Classifier(name, device=service.settings.device)
+    load_other = loader(service.settings.device)
 
     def load(name: str) -> Classifier:
         # Asked for anew each time: a file that is replaced takes over here, too.
-        if served := models.classifiers.get(name):
-            return served
-        with loading:  # two visitors may ask for it at a time
-            return load_other(name)
+        return models.classifiers.get(name) or load_other(name)
 
     async def mount_page() -> None:
         page = build_page(models.names, load)
