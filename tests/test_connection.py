@@ -11,6 +11,7 @@ from uvicorn.server import ServerState
 from tinyserve.server import Limits
 from tinyserve.server.body import GONE, _while_connected
 from tinyserve.server.connection import protocol
+from tinyserve.server.metrics import Metrics
 
 LIMITS = Limits(head_bytes=1000, head_seconds=0.2, answer_seconds=0.2, idle_seconds=60)
 GET = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
@@ -82,7 +83,7 @@ def converse(test: Callable[..., Awaitable[None]]) -> None:
 
     async def run() -> None:
         app, transport = App(), Transport()
-        config = uvicorn.Config(app, http=protocol(LIMITS), log_config=None)
+        config = uvicorn.Config(app, http=protocol(LIMITS, Metrics()), log_config=None)
         config.load()
         connection = config.http_protocol_class(config, ServerState(), {})
         connection.connection_made(transport)

@@ -444,13 +444,16 @@ def test_a_body_that_comes_too_slowly_behind_another_request():
         assert answers_on(connection, 2) == [200, 408]
 
 
-def test_what_is_no_http_is_logged_with_who_sent_it(strict, caplog):
+def test_what_is_no_http_is_counted_and_logged_with_who_sent_it(strict, caplog):
     caplog.set_level(logging.INFO, "tinyserve.access")
+    counted = {"route": "other", "status": "400"}
+    before = strict.metric("tinyserve_requests_total", **counted)
     with connect(strict) as connection:
         connection.sendall(b"junk\r\n\r\n")
         assert b" 400 " in rest_of(connection).partition(b"\r\n")[0]
     fields = [record.fields for record in caplog.records if record.name == "tinyserve.access"]
     assert {"status": 400, "client": "127.0.0.1"} in fields
+    assert strict.metric("tinyserve_requests_total", **counted) == before + 1
 
 
 @pytest.mark.parametrize("sent", [b"", b"GET / HT", HEAD, b"GET /v2 HTTP/1.1\r\n\r\nGET /v2 HT"])

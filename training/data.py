@@ -31,6 +31,7 @@ from tqdm import tqdm
 from tinyserve import images, kept
 from tinyserve.dataset import ANNOTATIONS, no_images, read_annotations, walk_images
 from tinyserve.errors import DataError, ImageError
+from tinyserve.files import candidate
 from tinyserve.images import is_image_name
 from tinyserve.modelfile import HELD_OUT, Label
 
@@ -348,18 +349,16 @@ def _decode_split(
     bad_path = array_path.with_suffix(".bad.json")
     kept = array_path.exists()
     if not kept:
-        partial = array_path.with_name(f"{array_path.name}.{os.getpid()}.partial")
+        paths = [path for path, _ in files]
         try:
-            bad = _decode_into(partial, [path for path, _ in files], size, desc=f"decode {split}")
-            bad_path.write_text(json.dumps(bad))
             # The array's own name appears last: where it exists, both files are complete.
-            os.replace(partial, array_path)
+            with candidate(array_path) as hidden:
+                bad = _decode_into(hidden, paths, size, desc=f"decode {split}")
+                bad_path.write_text(json.dumps(bad))
         except OSError as error:
             raise DataError(
                 f"cannot keep the decoded images in {folder}: {error.strerror or error}"
             ) from error
-        finally:
-            partial.unlink(missing_ok=True)  # gone, or interrupted
     pixels: Pixels = np.load(array_path, mmap_mode="c")  # torch wants it writable
     labels = np.array([label for _, label in files], dtype=np.int64)
     bad = {int(position): reason for position, reason in json.loads(bad_path.read_text()).items()}

@@ -6,7 +6,6 @@ about every whole image: see :class:`Teacher` and :func:`kept_answers`.
 
 import hashlib
 import json
-import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from tqdm import tqdm
 
 from tinyserve.engine import Engine
 from tinyserve.errors import DataError, UsageError
+from tinyserve.files import candidate
 from tinyserve.modelfile import Label
 from training import data, hardware, pretrained
 from training.checkpoint import Weights
@@ -134,17 +134,13 @@ def kept_answers(sources: Sequence[Source], dataset: data.Dataset, temperature: 
     if not path.exists():
         names = " and ".join(source.name.rsplit(" ", 1)[0] for source in sources)
         print(f"asking {names} once about {len(images):,} images", file=sys.stderr)
-        partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
         try:
-            with partial.open("wb") as file:
+            with candidate(path) as hidden, hidden.open("wb") as file:
                 np.save(file, _ask(sources, images, temperature).numpy())
-            os.replace(partial, path)
         except OSError as error:
             raise DataError(
                 f"cannot keep the teacher's answers in {path.parent}: {error.strerror or error}"
             ) from error
-        finally:
-            partial.unlink(missing_ok=True)
     return torch.from_numpy(np.load(path, mmap_mode="c"))
 
 

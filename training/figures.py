@@ -9,6 +9,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from tinyserve.files import candidate
 from training.records import Record, rate_of
 
 COLOURS = {
@@ -111,6 +112,5 @@ def _draw(path: Path, title: str, runs: Sequence[Record], panels: Sequence[Panel
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, frameon=False, loc="outside right upper")
     figure.suptitle(title)
-    partial = path.with_suffix(".partial.png")
-    figure.savefig(partial, dpi=120)
-    partial.replace(path)
+    with candidate(path) as hidden:
+        figure.savefig(hidden, format="png", dpi=120)

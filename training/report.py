@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from tinyserve.errors import TinyserveError, UsageError, describe_os_error
+from tinyserve.files import candidate
 from tinyserve.report import wilson_interval
 from training.data import DEFAULT_ROOT
 from training.figures import ACCURACY, LOSS, RATE, Album
@@ -66,9 +67,8 @@ def write(source: Path, output: Path, figures: Path) -> list[Path]:
         for folder in (output.parent, figures):
             folder.mkdir(parents=True, exist_ok=True)
         text = results(runs, source, album)
-        partial = output.with_name(output.name + ".partial")
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(output)
+        with candidate(output) as hidden:
+            hidden.write_text(text, encoding="utf-8")
     except OSError as error:
         raise UsageError(f"cannot write {error.filename or output}: {error.strerror}") from error
     return [output, *album.paths]

@@ -430,7 +430,7 @@ def test_a_decode_that_was_killed_leaves_nothing_that_is_taken_for_whole(folders
     process = subprocess.Popen([sys.executable, "-c", _STUCK, str(folders)], cwd=root)
     try:
         deadline = time.monotonic() + 60
-        while not list((folders / CACHE).glob("train-*.partial")):
+        while not list((folders / CACHE).glob(".train-*.candidate")):
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.02)
     finally:
@@ -440,10 +440,10 @@ def test_a_decode_that_was_killed_leaves_nothing_that_is_taken_for_whole(folders
     assert np.array_equal(data.load(folders).train.images[6], images.load(last, size=64))
 
 
-def test_a_cut_off_partial_array_is_not_used(folders):
+def test_a_cut_off_array_is_not_used(folders):
     pixels = data.load(folders).train.images.copy()
     (array,) = (folders / CACHE).glob("train-*.npy")
-    array.with_name(f"{array.name}.1.partial").write_bytes(array.read_bytes()[:5000])
+    array.with_name(f".{array.name}.1.candidate").write_bytes(array.read_bytes()[:5000])
     array.unlink()
     assert np.array_equal(data.load(folders).train.images, pixels)
 

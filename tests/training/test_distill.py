@@ -152,7 +152,7 @@ def test_answers_are_kept_for_the_same_question_alone(small_weights, dataset, an
     turned = data.Split(dataset.train.images[::-1].copy(), dataset.train.labels)
     other = answers_of(first, name="one 8c", dataset=dataclasses.replace(dataset, train=turned))
     assert torch.allclose(other.flip(0), answers, atol=1e-3)
-    assert not list(dataset.root.rglob("*.partial"))
+    assert not list(dataset.root.rglob(".*.candidate"))
 
 
 @pytest.mark.slow

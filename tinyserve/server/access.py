@@ -14,6 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tinyserve.errors import UsageError
 from tinyserve.server import log
+from tinyserve.server.metrics import OTHER
 from tinyserve.server.service import Service
 
 HEALTH = frozenset({"/v2/health/live", "/v2/health/ready"})
@@ -57,7 +58,7 @@ class Access:
             await app(scope, receive, send_marked)
         finally:
             seconds = time.perf_counter() - began
-            route = getattr(scope.get("route"), "path", "other")
+            route = getattr(scope.get("route"), "path", OTHER)
             self._metrics.answered(route, status, seconds)
             self._log(scope, request_id, status, seconds)
 

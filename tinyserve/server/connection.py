@@ -10,12 +10,13 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from tinyserve.server import Limits, log
 from tinyserve.server.body import GONE
+from tinyserve.server.metrics import Metrics
 
 _MOST_PIPELINED = 64
 """Requests that wait for the answers to those before them."""
 
 
-def protocol(limits: Limits) -> type[HttpToolsProtocol]:
+def protocol(limits: Limits, metrics: Metrics) -> type[HttpToolsProtocol]:
     """Uvicorn's protocol, with limits of time and of bytes; it puts :data:`GONE` into scopes."""
 
     class Protocol(HttpToolsProtocol):
@@ -112,7 +113,8 @@ def protocol(limits: Limits) -> type[HttpToolsProtocol]:
                 self._unread.start()
 
         def send_400_response(self, msg: str) -> None:
-            """What was no HTTP has no scope to be logged with."""
+            """What was no HTTP has no scope, with which others are logged and counted."""
+            metrics.refused(400)
             log.request({"status": 400, "client": self.client[0] if self.client else None})
             super().send_400_response(msg)
 

@@ -21,6 +21,9 @@ from tinyserve.devices import device_name
 _SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 _IMAGES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
+OTHER = "other"
+"""In place of the route of requests that have none."""
+
 
 class Metrics:
     """The numbers of one server, in a registry of its own."""
@@ -31,7 +34,7 @@ class Metrics:
             registry.register(collector)
         requests = Counter(
             "tinyserve_requests",
-            "Requests answered; what is no HTTP is refused and only logged.",
+            "Requests answered; what is no HTTP has no time in tinyserve_request_seconds.",
             ("route", "status"),
             registry=registry,
         )
@@ -87,6 +90,10 @@ class Metrics:
         """Count a request."""
         self._requests(route, status).inc()
         self._request_seconds(route).observe(seconds)
+
+    def refused(self, status: int) -> None:
+        """Count what was no request."""
+        self._requests(OTHER, status).inc()
 
     def batch_watch(self, model: str) -> Callable[[int, float, float], None]:
         """What a :class:`~tinyserve.batcher.Batcher` tells of its batches."""

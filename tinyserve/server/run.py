@@ -75,7 +75,7 @@ class _Server(uvicorn.Server):
         self._work: asyncio.Task[None] | None = None
         config = uvicorn.Config(
             access,
-            http=protocol(limits),
+            http=protocol(limits, service.metrics),
             ws="none",
             # uvloop accepts one connection a turn, in which all others are served: in a rush, those
             # that come wait for seconds.
