@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import struct
 import subprocess
 import zlib
@@ -17,6 +18,9 @@ ROOT = Path(__file__).resolve().parent.parent
 # The shipped models and no others, wherever the tests are started from.
 os.environ["TINYSERVE_MODELS"] = os.environ.get("TINYSERVE_TEST_MODELS", str(ROOT / "exported"))
 os.environ.pop("TINYSERVE_DEVICE", None)
+
+# What a shell starts in the background ignores Ctrl-C, and so would what the tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)

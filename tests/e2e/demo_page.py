@@ -125,7 +125,10 @@ def started(
             yield dataclasses.replace(found, start_errors=found.stderr.read_text())
         finally:
             app.send_signal(ended_by)
-            code = app.wait(60)
+            try:
+                code = app.wait(60)
+            finally:
+                app.kill()  # or leaving the block would wait for it
     assert (code, list(found.temporary.iterdir())) == (0, [])
 
 
