@@ -65,7 +65,7 @@ def report(samples: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.browser
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", WIDTHS)
-def test_the_page_fits_asks_for_nothing_and_can_be_read(browser, report, tmp_path, width, scheme):
+def test_the_page_fits_asks_for_nothing_and_can_be_read(browser, report, width, scheme):
     context = browser.new_context(
         viewport={"width": width, "height": 900}, color_scheme=scheme, reduced_motion="reduce"
     )
@@ -77,7 +77,6 @@ def test_the_page_fits_asks_for_nothing_and_can_be_read(browser, report, tmp_pat
     page.on("pageerror", lambda error: complaints.append(str(error)))
     page.goto(report.as_uri())
     page.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
-    page.screenshot(path=tmp_path / "page.png", full_page=True)
     assert [url for url in requests if not url.startswith("data:")] == [report.as_uri()]
     assert complaints == []
     assert page.evaluate("document.documentElement.scrollWidth") == width
