@@ -84,7 +84,17 @@ def first_line(error: BaseException) -> str:
     return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
+def last_line(error: BaseException) -> str:
+    """The same, of software that tells how it got there first."""
+    return str(error).strip().rpartition("\n")[2] or type(error).__name__
+
+
+def os_reason(error: OSError) -> str:
+    """What the system says."""
+    return error.strerror or first_line(error)
+
+
 def describe_os_error(error: OSError) -> str:
     """What the system says, and of which file where it knows."""
     where = f"{error.filename}: " if error.filename else ""
-    return f"{where}{error.strerror or error}"
+    return f"{where}{os_reason(error)}"
