@@ -46,17 +46,25 @@ def test_the_python_example_runs():
     assert len(run.stdout.splitlines()) == 5
 
 
-def test_the_file_tree_names_files_that_exist():
-    tree = README.split("## Where things are")[1]
-    names = re.findall(r"^(  )?([\w/.]+(?: \w+\.py)*)  ", tree, re.M)
+@pytest.mark.parametrize(("document", "entries"), [("README.md", 8), ("CONTRIBUTING.md", 50)])
+def test_the_file_tree_names_files_that_exist(document, entries):
+    tree = (ROOT / document).read_text().split("## Where things are")[1].split("```")[1]
+    names = re.findall(r"^(  )?([\w/.]+(?: \w+\.\w+)*)  ", tree, re.M)
     folder = ROOT
-    assert len(names) > 20
+    assert len(names) >= entries
     for indent, entry in names:
         for name in entry.split():
             path = (folder if indent else ROOT) / name
             assert path.exists(), name
         if not indent and entry.endswith("/"):
             folder = ROOT / entry
+
+
+def test_the_file_tree_has_every_module():
+    tree = (ROOT / "CONTRIBUTING.md").read_text()
+    for folder in ("tinyserve", "training"):
+        for path in (ROOT / folder).glob("*.py"):
+            assert path.name in tree or path.name == "__init__.py", path.name
 
 
 def test_every_command_is_in_the_readme():
