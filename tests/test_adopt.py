@@ -186,6 +186,14 @@ def answers(source: Path, pictures: np.ndarray) -> np.ndarray:
     return session.run(None, {"x": planes})[0]
 
 
+def reference_answers(source: Path, pictures: np.ndarray) -> np.ndarray:
+    """By ONNX's own, slow and literal, implementation."""
+    from onnx.reference import ReferenceEvaluator
+
+    planes = ((pictures / 255 - MEAN) / STD).transpose(0, 3, 1, 2).astype(np.float32)
+    return ReferenceEvaluator(str(source)).run(None, {"x": planes})[0]
+
+
 def test_probabilities_in_8_bits_are_taken_as_they_are(labels, tmp_path):
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, quantize_static
 
@@ -207,6 +215,50 @@ def test_probabilities_in_8_bits_are_taken_as_they_are(labels, tmp_path):
     assert adopt(source, output, labels, size=32) == 0
     found = Classifier(str(output), device="cpu").engine.run(pictures)
     assert np.allclose(found, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_filters_of_8_bits_from_elsewhere_are_taken(labels, tmp_path, shared):
+    """More than 7 bits of which are used, and whose zero points may be one."""
+    generator = np.random.default_rng(0)
+    make, tensor = onnx.helper.make_node, onnx.numpy_helper.from_array
+    constants = {
+        "scale": np.float32(0.03),
+        "middle": np.uint8(128),
+        "filter_scale": np.float32(0.002),
+        "zero 1": np.int8(0),
+        "zero 2": np.int8(0),
+    }
+    nodes, last = [], "x"
+    for number, (given, taken) in enumerate([(3, 16), (16, 3)], start=1):
+        filters = generator.normal(0, 70, (taken, given, 3, 3)).clip(-127, 127)
+        constants[f"filters {number}"] = filters.astype(np.int8)
+        zero = "zero 1" if shared else f"zero {number}"
+        nodes += [
+            make("QuantizeLinear", [last, "scale", "middle"], [f"in {number}"]),
+            make("DequantizeLinear", [f"in {number}", "scale", "middle"], [f"x {number}"]),
+            make("DequantizeLinear", [f"filters {number}", "filter_scale", zero], [f"w {number}"]),
+            make("Conv", [f"x {number}", f"w {number}"], [f"y {number}"], pads=[1, 1, 1, 1]),
+        ]
+        last = f"y {number}"
+    nodes += [make("GlobalAveragePool", [last], ["pooled"]), make("Flatten", ["pooled"], ["y"])]
+    value, floats = onnx.helper.make_tensor_value_info, onnx.TensorProto.FLOAT
+    graph = onnx.helper.make_graph(
+        nodes,
+        "network",
+        [value("x", floats, ["n", 3, 32, 32])],
+        [value("y", floats, ["n", 3])],
+        [tensor(np.asarray(number), name) for name, number in constants.items()],
+    )
+    opset = [onnx.helper.make_opsetid("", 19)]
+    source, output = tmp_path / "int8.onnx", tmp_path / "out.onnx"
+    onnx.save(onnx.helper.make_model(graph, opset_imports=opset, ir_version=9), source)
+    assert adopt(source, output, labels, size=32) == 0
+    pictures = made_up_images(8, 32)
+    expected = np.exp(reference_answers(source, pictures))
+    expected /= expected.sum(axis=1, keepdims=True)
+    found = Classifier(str(output), device="cpu").engine.run(pictures)
+    assert np.allclose(found, expected, atol=1e-2)
 
 
 @pytest.mark.parametrize(

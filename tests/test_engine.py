@@ -52,7 +52,8 @@ def test_only_files_in_half_precision_may_round_on_a_gpu(monkeypatch, name, tf32
         raise RuntimeError("no GPU")
 
     monkeypatch.setattr(engine, "device_problem", lambda _: None)
-    monkeypatch.setattr(onnxruntime_session, "read_unprepared", lambda _: card)
+    for module in (engine, onnxruntime_session):
+        monkeypatch.setattr(module, "read_unprepared", lambda _: card)
     monkeypatch.setattr(onnxruntime_session.ort, "InferenceSession", open_session)
     with pytest.raises(DeviceError, match="no GPU"):
         Engine(path, device="cuda")

@@ -12,11 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tinyserve import engine as engine_module
 from tinyserve import images
 from tinyserve.cli import main
 from tinyserve.devices import CPU, OPENVINO, cuda_problem, openvino_problem
 from tinyserve.engine import Engine, read_card
-from tinyserve.errors import DeviceError, GateError
+from tinyserve.errors import DeviceError, GateError, ModelFileError
 from tinyserve.modelfile import find_model, installed_models, write_model
 
 pytestmark = pytest.mark.skipif(openvino_problem() is not None, reason=str(openvino_problem()))
@@ -121,7 +122,7 @@ def test_threads_and_streams_are_as_asked_for(threads, streams):
 def test_a_file_that_is_no_model_is_refused(tmp_path, capfd):
     text = tmp_path / "text.onnx"
     text.write_text("no model")
-    with pytest.raises(DeviceError, match=r"device openvino cannot run text.onnx: Model can't be"):
+    with pytest.raises(ModelFileError, match="is no ONNX model, or damaged"):
         Engine(text, device="openvino")
     assert capfd.readouterr() == ("", "")
 
@@ -149,6 +150,17 @@ def test_auto_is_openvino_where_that_passes_the_self_test(tmp_path, caplog):
     assert model.fallback in caplog.text
     with pytest.raises(GateError, match="fails its self-test on OpenVINO"):
         Engine(strict, device="openvino")
+
+
+@no_gpu
+def test_without_a_self_test_auto_asks_openvino_for_one_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    replays = []
+    replay = engine_module._replay_golden
+    monkeypatch.setattr(engine_module, "_replay_golden", lambda *a: replays.append(a) or replay(*a))
+    for _ in range(2):
+        assert Engine(find_model("inception"), self_test=False).provider == OPENVINO
+    assert len(replays) == 1
 
 
 @no_gpu

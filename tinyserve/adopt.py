@@ -13,9 +13,16 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from tinyserve.devices import CPU
+from tinyserve.devices import CPU, default_threads
 from tinyserve.engine import Engine
-from tinyserve.errors import GateError, ModelFileError, UsageError, first_line
+from tinyserve.errors import (
+    GateError,
+    ModelFileError,
+    OutputError,
+    UsageError,
+    first_line,
+    os_reason,
+)
 from tinyserve.files import candidate
 from tinyserve.modelfile import (
     INPUT_NAME,
@@ -26,6 +33,7 @@ from tinyserve.modelfile import (
     ModelCard,
     write_model,
 )
+from tinyserve.onnxruntime_session import session_options
 
 if TYPE_CHECKING:
     import onnx
@@ -54,7 +62,8 @@ def adopt(
     ``source`` takes one float ``[batch, 3, size, size]``, RGB, normalised with ``mean`` and ``std``
     in units of 0..1, and gives logits or probabilities ``[batch, len(labels)]``. Raises
     :class:`~tinyserve.errors.ModelFileError` for anything else,
-    :class:`~tinyserve.errors.UsageError` where ``output`` cannot be written, and
+    :class:`~tinyserve.errors.UsageError` where ``output`` is a folder or ``source``,
+    :class:`~tinyserve.errors.OutputError` where it cannot be written, and
     :class:`~tinyserve.errors.GateError`, leaving no file behind, where the new file does not
     compute what the old one does.
     """
@@ -67,6 +76,7 @@ def adopt(
     taken, given = _only_input_and_output(model, source)
     _check_shapes(taken, given, labels, size, source)
     images = made_up_images(max(BATCHES), size)
+    _separate_zero_points(model)
     reference = _reference(model, taken.name, images, mean, std, source)
     if reference.shape != (len(images), len(labels)):  # the graph need not say it
         raise _wrong_shape(source, reference.shape, labels)
@@ -121,7 +131,7 @@ def adopt(
             golden = Golden.of(images, answers[max(BATCHES)], tolerance=GOLDEN_TOLERANCE)
             card = write_model(path, graph, replace(card, evidence=(evidence,), golden=golden))
     except OSError as error:
-        raise UsageError(f"cannot write {output}: {error.strerror}") from error
+        raise OutputError(f"cannot write {output}: {os_reason(error)}") from error
     return card
 
 
@@ -238,6 +248,27 @@ def _words(shape: Sequence[int | None]) -> str:
     return " x ".join("?" if size is None else str(size) for size in shape)
 
 
+def _separate_zero_points(model: "onnx.ModelProto") -> None:
+    """Give every constant that is made of 8 bits a zero point of its own.
+
+    On processors that sum products of 8 bits inexactly ONNX Runtime rewrites both, and refuses to
+    do that twice to one.
+    """
+    constants = {tensor.name: tensor for tensor in model.graph.initializer}
+    taken: set[str] = set()
+    for node in model.graph.node:
+        if node.op_type != "DequantizeLinear" or len(node.input) < 3:
+            continue
+        value, _, zero_point = node.input
+        if value not in constants or zero_point not in constants:
+            continue
+        if zero_point in taken:
+            copy = model.graph.initializer.add()
+            copy.CopyFrom(constants[zero_point])
+            node.input[2] = copy.name = f"{zero_point} of {value}"
+        taken.add(zero_point)
+
+
 def _reference(
     model: "onnx.ModelProto",
     name: str,
@@ -250,7 +281,8 @@ def _reference(
     pixels = (images / 255.0 - np.array(mean)) / np.array(std)
     planes = np.ascontiguousarray(pixels.transpose(0, 3, 1, 2), dtype=np.float32)
     try:
-        session = ort.InferenceSession(model.SerializeToString(), providers=[CPU])
+        options = session_options(default_threads())
+        session = ort.InferenceSession(model.SerializeToString(), options, providers=[CPU])
         (rows,) = session.run(None, {name: planes})
     except Exception as error:  # ONNX Runtime's errors share no base class
         raise ModelFileError(f"{source} does not run: {first_line(error)}") from error

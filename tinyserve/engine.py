@@ -31,6 +31,8 @@ from tinyserve.errors import (
     ModelFileError,
     TinyserveError,
     check_at_least_one,
+    first_line,
+    last_line,
 )
 from tinyserve.modelfile import ModelCard, check_graph
 from tinyserve.onnxruntime_session import OnnxRuntimeSession, read_unprepared
@@ -72,9 +74,10 @@ class Engine:
 
     A file that carries golden images is tested with them at once, unless ``self_test`` is False;
     with ``"once"``, unless on a CPU the same file has passed before, with the same processor and
-    runtime: that is kept in the user's cache folder. Raises :class:`ModelFileError` for files that
-    are no models of this package, and :class:`GateError` for those that were changed or that answer
-    otherwise here than they should.
+    runtime: that is kept in the user's cache folder. So is, whatever ``self_test``, that it has
+    passed with OpenVINO, without which ``auto`` does not take that. Raises :class:`ModelFileError`
+    for files that are no models of this package, and :class:`GateError` for those that were changed
+    or that answer otherwise here than they should.
     """
 
     fallback: str | None
@@ -97,7 +100,7 @@ class Engine:
         self._threads = threads or default_threads()
         self.path = Path(path)
         self.fallback = None
-        self._once = self_test == "once"
+        self._once = self_test is not True  # without a test, ``auto`` still asks OpenVINO for one
         tested = False
         if device == "auto":
             self._session, tested = self._open_best()
@@ -245,11 +248,20 @@ def _errors_in_words(path: Path, device: str) -> Iterator[None]:
     except Exception as cause:  # neither runtime's errors share a base class
         said = _in_a_line(cause, device)
         if device == "cpu":
-            raise ModelFileError(f"{path} is no ONNX model, or damaged ({said})") from cause
+            wrong = "cannot be loaded" if _is_readable(path) else "is no ONNX model, or damaged"
+            raise ModelFileError(f"{path} {wrong} ({said})") from cause
+        with _errors_in_words(path, "cpu"):
+            read_unprepared(path)  # a file that no device can run is not the device's fault
         raise DeviceError(f"device {device} cannot run {path.name}: {said}") from cause
 
 
+def _is_readable(path: Path) -> bool:
+    with contextlib.suppress(Exception):  # ONNX Runtime's errors share no base class
+        read_unprepared(path)
+        return True
+    return False
+
+
 def _in_a_line(cause: Exception, runtime: str) -> str:
-    lines = str(cause).strip().splitlines() or [type(cause).__name__]
     # OpenVINO says where in its source it happened before it says what.
-    return lines[-1] if runtime.lower() == "openvino" else lines[0]
+    return last_line(cause) if runtime.lower() == "openvino" else first_line(cause)
