@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tinyserve import adopt as adopting
 from tinyserve import images
 from tinyserve.adopt import made_up_images, read_labels
 from tinyserve.classifier import Classifier
@@ -217,30 +218,40 @@ def test_probabilities_in_8_bits_are_taken_as_they_are(labels, tmp_path):
     assert np.allclose(found, expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("shared", ["nothing", "zero", "constant", "filters", "fused"])
 def test_filters_of_8_bits_from_elsewhere_are_taken(labels, tmp_path, shared):
-    """More than 7 bits of which are used, and whose zero points may be one."""
+    """More than 7 bits of which are used, and which may share them or their zero points."""
     generator = np.random.default_rng(0)
     make, tensor = onnx.helper.make_node, onnx.numpy_helper.from_array
     constants = {
         "scale": np.float32(0.03),
         "middle": np.uint8(128),
         "filter_scale": np.float32(0.002),
-        "zero 1": np.int8(0),
-        "zero 2": np.int8(0),
     }
     nodes, last = [], "x"
-    for number, (given, taken) in enumerate([(3, 16), (16, 3)], start=1):
-        filters = generator.normal(0, 70, (taken, given, 3, 3)).clip(-127, 127)
-        constants[f"filters {number}"] = filters.astype(np.int8)
-        zero = "zero 1" if shared else f"zero {number}"
-        nodes += [
-            make("QuantizeLinear", [last, "scale", "middle"], [f"in {number}"]),
-            make("DequantizeLinear", [f"in {number}", "scale", "middle"], [f"x {number}"]),
-            make("DequantizeLinear", [f"filters {number}", "filter_scale", zero], [f"w {number}"]),
-            make("Conv", [f"x {number}", f"w {number}"], [f"y {number}"], pads=[1, 1, 1, 1]),
-        ]
+    zeros = ["zero 1", "zero 2"] if shared in ("nothing", "filters") else ["zero", "zero"]
+    if shared == "constant":
+        nodes.append(make("Constant", [], ["zero"], value=tensor(np.asarray(np.int8(0)))))
+    else:
+        constants |= dict.fromkeys(zeros, np.int8(0))
+    for number, zero in enumerate(zeros, start=1):
+        filters = "filters" if shared == "filters" else f"filters {number}"
+        constants[filters] = generator.normal(0, 70, (3, 3, 3, 3)).clip(-127, 127).astype(np.int8)
+        pixels, weights = [f"in {number}", "scale", "middle"], [filters, "filter_scale", zero]
+        nodes.append(make("QuantizeLinear", [last, "scale", "middle"], [f"in {number}"]))
         last = f"y {number}"
+        if shared == "fused":
+            out = ["scale", "middle"]
+            nodes += [
+                make("QLinearConv", [*pixels, *weights, *out], [f"q {number}"], pads=[1, 1, 1, 1]),
+                make("DequantizeLinear", [f"q {number}", *out], [last]),
+            ]
+        else:
+            nodes += [
+                make("DequantizeLinear", pixels, [f"x {number}"]),
+                make("DequantizeLinear", weights, [f"w {number}"]),
+                make("Conv", [f"x {number}", f"w {number}"], [last], pads=[1, 1, 1, 1]),
+            ]
     nodes += [make("GlobalAveragePool", [last], ["pooled"]), make("Flatten", ["pooled"], ["y"])]
     value, floats = onnx.helper.make_tensor_value_info, onnx.TensorProto.FLOAT
     graph = onnx.helper.make_graph(
@@ -257,8 +268,9 @@ def test_filters_of_8_bits_from_elsewhere_are_taken(labels, tmp_path, shared):
     pictures = made_up_images(8, 32)
     expected = np.exp(reference_answers(source, pictures))
     expected /= expected.sum(axis=1, keepdims=True)
-    found = Classifier(str(output), device="cpu").engine.run(pictures)
-    assert np.allclose(found, expected, atol=1e-2)
+    classifier = Classifier(str(output), device="cpu")
+    assert np.allclose(classifier.engine.run(pictures), expected, atol=1e-2)
+    assert classifier.card.parameters == sum(np.size(number) for number in constants.values())
 
 
 @pytest.mark.parametrize(
@@ -306,6 +318,28 @@ def test_one_wrong_answer_among_many_is_seen(labels, tmp_path, capsys, monkeypat
     assert adopt(source, tmp_path / "out.onnx", labels, size=32) == 4
     assert "differs by nan" in capsys.readouterr().err
     assert not list(tmp_path.glob("*out.onnx*"))
+
+
+def test_what_takes_one_size_of_batch_alone_whatever_it_says_is_refused(tmp_path, capsys):
+    source = save(tmp_path / "odd.onnx", ("MatMul", ["logits", "logits"], "y"), classes=8, given=8)
+    names = write_labels(tmp_path / "labels.txt", 8)
+    assert adopt(source, tmp_path / "out.onnx", names, size=32) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"{source} cannot be adopted: CPU failed with 1 image at a time" in line
+
+
+def test_the_file_that_is_tested_is_called_by_the_name_it_would_have(
+    labels, tmp_path, capsys, monkeypatch
+):
+    def cut_short(path, graph, _card):
+        path.write_bytes(graph[:-1])
+
+    monkeypatch.setattr(adopting, "write_model", cut_short)
+    source, output = save(tmp_path / "good.onnx"), tmp_path / "out.onnx"
+    assert adopt(source, output, labels, size=32) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"{source} cannot be adopted: {output} is no ONNX model, or damaged" in line
+    assert "candidate" not in line
 
 
 def test_a_folder_is_not_written_over(labels, tmp_path, capsys):
@@ -359,7 +393,7 @@ def test_numbers_that_are_not_of_pixels_are_refused(
         ({"batch": 1}, 1, "dynamic batch"),
         ({"source": "text"}, 1, "no ONNX model"),
         ({"source": "missing"}, 1, "no such model file"),
-        ({"output": "missing/folder/out.onnx"}, 2, "cannot write"),
+        ({"output": "missing/folder/out.onnx"}, 1, "cannot write"),
     ],
 )
 def test_what_cannot_be_adopted_is_one_line(labels, tmp_path, capsys, change, code, words):

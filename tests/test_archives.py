@@ -2,6 +2,7 @@
 
 import io
 import json
+import sys
 import tarfile
 import zipfile
 
@@ -9,7 +10,7 @@ import pytest
 
 from tinyserve import archives, images
 from tinyserve.dataset import find_inputs
-from tinyserve.errors import DataError, ImageError
+from tinyserve.errors import DataError, ImageError, UsageError
 
 
 @pytest.fixture
@@ -58,6 +59,15 @@ def test_the_official_archive_carries_its_labels(tmp_path, jpeg):
             archive.writestr(f"tiny-imagenet-200/{member}", jpeg)
         archive.writestr("tiny-imagenet-200/val/val_annotations.txt", "val_0.JPEG\tn03444034\t0\n")
     assert [item.label for item in find_inputs([str(path)])] == ["n01443537", "n03444034"]
+
+
+def test_labels_in_an_archive_that_was_replaced_are_read_anew(tmp_path, jpeg):
+    path = tmp_path / "a.zip"
+    for wnid in ("n1", "n02"):
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("val/images/val_0.JPEG", jpeg)
+            archive.writestr("val/val_annotations.txt", f"val_0.JPEG\t{wnid}\n")
+        assert [item.label for item in find_inputs([str(path)])] == [wnid]
 
 
 def test_separators_of_windows_in_a_zip_lead_to_labels(tmp_path, jpeg):
@@ -230,6 +240,20 @@ def test_a_row_that_is_too_large_is_no_image(tmp_path, jpeg, monkeypatch):
     assert good.read() == jpeg
     with pytest.raises(ImageError, match="too large: 100,001 bytes"):
         bomb.read()
+
+
+def test_without_pyarrow_a_table_says_what_it_needs(tmp_path, make_archive, monkeypatch):
+    (tmp_path / "a.parquet").touch()
+    lines = f"{tmp_path}/a.parquet\n{make_archive('a.zip', ['cat/1.jpg'])}\n".encode()
+    monkeypatch.setitem(sys.modules, "pyarrow", None)  # importing it raises ModuleNotFoundError
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines)))
+    words = r"a\.parquet: Parquet needs: pip install"
+    with pytest.raises(UsageError, match=words):
+        find_inputs([str(tmp_path / "a.parquet")])
+    table, image = find_inputs(["-"])
+    assert (table.path, image.label) == (str(tmp_path / "a.parquet"), "cat")
+    with pytest.raises(ImageError, match=words):
+        table.read()
 
 
 def test_links_are_inputs_that_fail(tmp_path, jpeg):

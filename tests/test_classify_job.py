@@ -1,10 +1,12 @@
 """Whole jobs of `tinyserve classify`: every input accounted for, whatever happens."""
 
+import contextlib
 import csv
 import dataclasses
 import io
 import json
 import os
+import pty
 import random
 import resource
 import shutil
@@ -12,12 +14,14 @@ import signal
 import subprocess
 import sys
 import tarfile
+import termios
 import time
 import zipfile
 from pathlib import Path
 
 import pytest
 
+from tinyserve import output as rows_module
 from tinyserve.classifier import Classifier, Prediction, Result
 from tinyserve.dataset import Input
 from tinyserve.engine import read_card
@@ -293,6 +297,71 @@ def test_a_summary_is_written_whoever_reads_along_and_whatever_becomes_of_the_re
     assert run.returncode == 1
     assert "top-1" in run.stderr
     assert json.loads(summary.read_text())["labelled"] == 2
+
+
+def test_where_one_thing_cannot_be_written_the_others_are(samples, tmp_path):
+    output, report = tmp_path / "rows.jsonl", tmp_path / "report"
+    assert classify(samples / "goldfish", "-o", output).returncode == 0
+    again = [samples / "bison", "-o", output, "--resume", "--report", report]
+    run = classify(*again, "--summary", "/dev/full")
+    assert run.returncode == 1
+    assert sorted(path.name for path in report.iterdir()) == ["index.html", "report.json"]
+    *told, last = run.stderr.splitlines()
+    assert "2 of the rows are of inputs that were not asked for now" in "\n".join(told)
+    assert told[-1] == f"report: {report / 'index.html'}"
+    assert last == "tinyserve: cannot write /dev/full: No space left on device"
+    (report / "report.json").unlink()
+    (report / "report.json").mkdir()
+    run = classify(*again, "--summary", "/dev/full")
+    assert "2 of the rows are of inputs that were not asked for now" in run.stderr
+    last = run.stderr.splitlines()[-1]
+    assert last.startswith("tinyserve: cannot write /dev/full: No space left on device; ")
+    assert f"cannot write {report / 'report.json'}: Is a directory" in last
+
+
+def test_the_bar_of_a_resumed_job_is_as_long_as_what_is_left(samples, tmp_path):
+    output = tmp_path / "rows.jsonl"
+    assert classify(samples, "-o", output).returncode == 0
+    new = shutil.copy(samples / "goldfish" / "val_68.JPEG", tmp_path / "new.jpg")
+    terminal, side = pty.openpty()
+    termios.tcsetwinsize(side, (24, 80))
+    command = [*COMMAND, samples / "goldfish", new, "-o", output, "--resume"]
+    assert subprocess.run(command, stderr=side, timeout=300).returncode == 0
+    os.close(side)
+    shown = b""
+    with open(terminal, "rb", buffering=0) as reader, contextlib.suppress(OSError):
+        while piece := reader.read(65_536):  # at its end, a terminal raises
+            shown += piece
+    assert b" 0/1 [" in shown
+    assert b"41 images, 40 of them done before" in shown
+
+
+def test_errors_of_others_are_not_taken_for_those_of_writing(tmp_path):
+    with (
+        pytest.raises(OSError, match=r"^no terminal$"),
+        open_rows(str(tmp_path / "rows.jsonl"), "jsonl", k=1, model=""),
+    ):
+        raise OSError("no terminal")
+
+
+def test_an_output_that_is_replaced_while_it_is_opened_loses_no_rows(tmp_path, monkeypatch):
+    """As by a job that goes on with it, and is about to write into the new one."""
+    path, new = tmp_path / "rows.jsonl", tmp_path / "new.jsonl"
+    path.write_text("old\n")
+    new.write_text("new\n")
+    held = rows_module.held
+
+    def held_late(output):
+        os.replace(new, output)
+        return held(output)
+
+    monkeypatch.setattr(rows_module, "held", held_late)
+    with (
+        pytest.raises(OutputError, match="another job is writing it"),
+        open_rows(str(path), "jsonl", k=1, model=""),
+    ):
+        pass
+    assert path.read_text() == "new\n"
 
 
 @pytest.mark.parametrize("name", ["rows.csv.gz", "rows.tsv", "rows.xlsx"])

@@ -2,6 +2,7 @@ import io
 import os
 import sys
 import zipfile
+from pathlib import Path
 
 import pytest
 
@@ -169,11 +170,39 @@ def test_tiny_imagenet_layouts_carry_labels(tmp_path):
         assert labels == ["n03444034", None]
 
 
+def test_annotations_that_were_rewritten_are_read_anew(tmp_path):
+    for number in range(2):
+        touch(tmp_path / "val" / "images" / f"val_{number}.JPEG")
+    annotations = tmp_path / "val" / "val_annotations.txt"
+
+    def annotate(wnid):
+        annotations.write_text(f"val_0.JPEG\t{wnid}\nval_1.JPEG\t{wnid}\n")
+
+    def labels():
+        return [item.label for item in find_inputs([str(tmp_path)])]
+
+    annotate("n1")
+    earlier = find_inputs([str(tmp_path)])
+    assert next(earlier).label == "n1"
+    annotate("n02")
+    assert labels() == ["n02"] * 2
+    assert next(earlier).label == "n1"  # labels of one list are of one time
+    assert labels() == ["n02"] * 2
+    annotations.unlink()
+    assert labels() == ["val"] * 2
+
+
 def test_one_file_of_val_knows_its_label_from_any_working_directory(tmp_path, monkeypatch):
     touch(tmp_path / "val" / "images" / "val_0.JPEG")
     (tmp_path / "val" / "val_annotations.txt").write_text("val_0.JPEG\tn03444034\n")
     monkeypatch.chdir(tmp_path / "val" / "images")
     assert list(find_inputs(["val_0.JPEG"])) == [Input("val_0.JPEG", "n03444034")]
+
+
+@pytest.mark.parametrize("path", ["photos", b"photos", Path("photos")])
+def test_a_path_of_its_own_is_no_list(path):
+    with pytest.raises(TypeError, match="put a single one in a list"):
+        find_inputs(path)
 
 
 @pytest.mark.parametrize(

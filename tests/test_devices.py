@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tinyserve import devices
-from tinyserve.devices import default_threads, device_name, preferred_precisions
+from tinyserve.devices import cpu_quota, default_threads, device_name, preferred_precisions
 from tinyserve.engine import Engine
 from tinyserve.errors import UsageError
 from tinyserve.modelfile import find_model
@@ -47,6 +47,51 @@ def test_threads_follow_the_affinity_mask_and_the_environment(monkeypatch):
     monkeypatch.setenv("TINYSERVE_NUM_THREADS", "many")
     with pytest.raises(UsageError, match="TINYSERVE_NUM_THREADS"):
         default_threads()
+
+
+@pytest.mark.parametrize(
+    ("groups", "files", "cores"),
+    [
+        ("0::/\n", {"cpu.max": "max 100000"}, None),
+        ("0::/\n", {"cpu.max": "150000 100000"}, 1.5),
+        # systemd's CPUQuota= of a service, and of the slice around it
+        ("0::/a.slice/b.service\n", {"a.slice/b.service/cpu.max": "200000 100000"}, 2),
+        (
+            "0::/a.slice/b.service\n",
+            {
+                "cpu.max": "800000 100000",
+                "a.slice/cpu.max": "300000 100000",
+                "a.slice/b.service/cpu.max": "max 100000",
+                "c.slice/cpu.max": "100000 100000",
+            },
+            3,
+        ),
+        # cgroup v1, where other controllers have groups of their own
+        (
+            "3:memory:/a\n2:cpu,cpuacct:/b\n1:name=systemd:/c\n0::/\n",
+            {"cpu/b/cpu.cfs_quota_us": "50000", "cpu/b/cpu.cfs_period_us": "100000"},
+            0.5,
+        ),
+        ("1:cpu:/\n", {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, None),
+        # a container, which does not see what is around it, but its name there
+        ("0::/docker/1f\n", {"cpu.max": "250000 100000"}, 2.5),
+        (
+            "2:cpu,cpuacct:/docker/1f\n",
+            {"cpu/cpu.cfs_quota_us": "400000", "cpu/cpu.cfs_period_us": "100000"},
+            4,
+        ),
+        (None, {}, None),
+    ],
+)
+def test_the_least_quota_of_all_groups_around_a_process_holds(tmp_path, groups, files, cores):
+    if groups is not None:
+        (tmp_path / "proc" / "self").mkdir(parents=True)
+        (tmp_path / "proc" / "self" / "cgroup").write_text(groups)
+    for name, text in files.items():
+        path = tmp_path / "sys" / "fs" / "cgroup" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"{text}\n")
+    assert cpu_quota(tmp_path) == cores
 
 
 def test_threads_that_look_for_cuda_at_once_leave_stdout_as_it_was(monkeypatch):

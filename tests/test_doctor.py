@@ -10,6 +10,7 @@ from pathlib import Path
 import onnxruntime
 import pytest
 
+from tinyserve import doctor as doctor_module
 from tinyserve.classifier import Classifier
 from tinyserve.devices import cuda_problem, device_name, openvino_problem
 from tinyserve.modelfile import find_model
@@ -109,6 +110,14 @@ def test_a_gpu_that_auto_cannot_use_is_exit_code_5(models, nvidia_driver):
     assert run.returncode == 5
     assert checks(run)["CUDA"][0] == "problem"
     assert json.loads(run.stdout)["default_device"] in ("OpenVINO", "CPU")
+
+
+def test_an_error_without_words_is_named(monkeypatch):
+    def without_memory(_: str) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(doctor_module, "execution_providers", without_memory)
+    assert doctor_module._session_problem("cpu") == "it cannot run a model: MemoryError"
 
 
 def install_onnx_runtime(folder: Path, project: str) -> None:

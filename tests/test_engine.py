@@ -1,4 +1,5 @@
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 import onnxruntime as ort
@@ -155,17 +156,25 @@ def test_a_model_cut_short_is_refused(tmp_path):
         Engine(path, device="cpu")
 
 
-def test_somebody_elses_model_is_refused(tmp_path):
+def relu(path: Path, opset: int) -> Path:
     onnx = pytest.importorskip("onnx")
     value = onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [1])
     out = onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [1])
     node = onnx.helper.make_node("Relu", ["x"], ["y"])
     graph = onnx.helper.make_graph([node], "g", [value], [out])
-    path = tmp_path / "relu.onnx"
-    opset = [onnx.helper.make_opsetid("", 18)]
-    onnx.save(onnx.helper.make_model(graph, opset_imports=opset, ir_version=10), path)
+    sets = [onnx.helper.make_opsetid("", opset)]
+    onnx.save(onnx.helper.make_model(graph, opset_imports=sets, ir_version=10), path)
+    return path
+
+
+def test_somebody_elses_model_is_refused(tmp_path):
     with pytest.raises(ModelFileError, match="none that tinyserve exported"):
-        read_card(path)
+        read_card(relu(tmp_path / "relu.onnx", opset=18))
+
+
+def test_what_this_runtime_cannot_load_is_not_called_damaged(tmp_path):
+    with pytest.raises(ModelFileError, match=r"newer.onnx cannot be loaded \(.*failed:"):
+        Engine(relu(tmp_path / "newer.onnx", opset=999), device="cpu")
 
 
 def test_a_card_that_does_not_fit_its_graph_is_refused(tmp_path):

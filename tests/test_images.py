@@ -1,6 +1,7 @@
 import io
 import os
 import struct
+import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -8,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 from PIL import Image, ImageOps
+from PIL.PngImagePlugin import PngInfo
 
 from tinyserve import images, pillow
 from tinyserve.errors import ImageError
@@ -183,6 +185,28 @@ def test_bombs_and_pictures_cut_short_are_refused(png_of_size, side, words):
         images.load(png_of_size(side, side), size=64)
 
 
+def test_large_pictures_that_are_refused_are_the_hosts_to_open(png_of_size, tmp_path):
+    path = tmp_path / "large.png"
+    path.write_bytes(png_of_size(10_000, 10_000))
+    program = f"""if True:
+        from PIL import Image
+        from tinyserve import errors, images, pillow
+        try:
+            images.load({str(path)!r}, size=64)
+        except errors.ImageError as error:
+            print(error)
+        import sys
+        sys.stderr.write("of the host: ")
+        print(Image.open({str(path)!r}).size)
+    """
+    run = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60
+    )
+    assert run.stdout == ("too large: 10000 x 10000, more than 89,478,485 pixels\n(10000, 10000)\n")
+    said, *_ = run.stderr.splitlines()
+    assert said.startswith("of the host: ") and "DecompressionBombWarning" in said
+
+
 @pytest.mark.parametrize("keep", [3, 20, 300, 1000])
 def test_truncated_jpeg_is_refused_wherever_it_is_cut(photo, keep):
     data = photo.read_bytes()
@@ -237,6 +261,47 @@ def test_every_orientation_is_turned_as_pillow_turns_it(picture, format_, orient
     decoded = images.decode(data)
     assert np.array_equal(decoded, expected)
     assert decoded.flags.c_contiguous
+
+
+XMP = (
+    b'<x:xmpmeta xmlns:x="adobe:ns:meta/" xmlns:tiff="http://ns.adobe.com/tiff/1.0/">'
+    b'<rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">'
+    b'<rdf:Description tiff:Orientation="6"/></rdf:RDF></x:xmpmeta>'
+)
+
+
+@pytest.mark.parametrize("orientation", [None, 6])
+@pytest.mark.parametrize("format_", ["JPEG", "CMYK JPEG", "MPO", "PNG", "WEBP", "TIFF"])
+def test_xmp_does_not_turn_what_exif_leaves_as_it_is(picture, format_, orientation):
+    """All decoders agree: Pillow would read XMP where EXIF has no orientation."""
+    exif = Image.Exif()
+    exif[0x010F] = "a camera"
+    if orientation is not None:
+        exif[0x0112] = orientation
+    options: dict = {"exif": exif, "xmp": XMP}
+    if format_ == "CMYK JPEG":
+        picture = picture.convert("CMYK")
+    elif format_ == "MPO":
+        options |= {"save_all": True, "append_images": [picture]}
+    elif format_ == "PNG":
+        options["pnginfo"] = PngInfo()
+        options["pnginfo"].add_itxt("XML:com.adobe.xmp", XMP.decode())
+    elif format_ == "TIFF":
+        exif[0x02BC] = XMP
+    data = encode(picture, format_.split()[-1], **options)
+    with Image.open(io.BytesIO(data)) as opened:
+        assert opened.getexif()[0x0112] == 6
+    assert images.decode(data).shape == ((64, 96, 3) if orientation is None else (96, 64, 3))
+
+
+def test_exif_of_old_png_files_turns_them(picture):
+    """As ImageMagick wrote it before PNG had a place for it."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    content = exif.tobytes()
+    info = PngInfo()
+    info.add_text("Raw profile type exif", f"\nexif\n{len(content):8}\n{content.hex()}\n")
+    assert images.decode(encode(picture, "PNG", pnginfo=info)).shape == (96, 64, 3)
 
 
 @pytest.mark.parametrize("before", [0, 1, 3])

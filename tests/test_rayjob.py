@@ -17,6 +17,7 @@ import tinyserve
 from tinyserve import rayjob
 from tinyserve.dataset import find_inputs
 from tinyserve.errors import DeviceError, ModelFileError, UsageError
+from tinyserve.modelfile import find_model
 from tinyserve.report import Tally
 
 # Ray's own; it sets what it warns of.
@@ -110,10 +111,23 @@ def test_the_rows_are_those_of_one_machine(cluster, samples, tmp_path):
 
 
 @pytest.mark.slow
+def test_what_cannot_be_listed_on_stdin_is_the_row_of_one_machine(cluster, samples, tmp_path):
+    lines = f"nowhere://x\n{samples}/goldfish\n{tmp_path.as_uri()}/nothing\n"
+    here = classify("-", "-o", tmp_path / "here.jsonl", input=lines)
+    assert here.returncode == 3, here.stderr
+    there = classify("-", "-o", tmp_path / "there", "--ray", cluster.address, input=lines)
+    assert there.returncode == 3, there.stderr
+    rows = rows_of(*(tmp_path / "there").iterdir())
+    assert [row["status"] for row in rows] == ["error", "ok", "ok", "error"]
+    assert same_rows(rows, rows_of(tmp_path / "here.jsonl"))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "error", "words"),
     [
         ({"model": "cut.onnx"}, ModelFileError, "no ONNX model"),
+        ({"model": "mine.onnx", "precision": "fp16"}, UsageError, "^mine.onnx is of int8, not"),
         ({"device": "cuda"}, DeviceError, "no machine of the Ray cluster has a GPU"),
         ({"workers": 64}, UsageError, "no machine of the Ray cluster has 64 CPUs"),
     ],
@@ -121,6 +135,7 @@ def test_the_rows_are_those_of_one_machine(cluster, samples, tmp_path):
 def test_what_the_machines_cannot_do(cluster, samples, tmp_path, monkeypatch, change, error, words):
     monkeypatch.chdir(tmp_path)
     Path("cut.onnx").write_bytes(b"no model")
+    Path("mine.onnx").symlink_to(find_model("inception"))
     job = dataclasses.replace(JOB, **change)
     inputs = list(find_inputs([str(samples)]))
     with pytest.raises(error, match=words) as raised:

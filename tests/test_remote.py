@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import pickle
 import subprocess
 import sys
 import zipfile
@@ -34,6 +35,27 @@ def test_tiny_imagenets_val_is_labelled(tmp_path):
         (images / f"val_{number}.JPEG").write_bytes(b"")
     (tmp_path / "val" / "val_annotations.txt").write_text("val_2.JPEG\tn1\t\nval_10.JPEG\tn2\t\n")
     assert [item.label for item in find_inputs([(tmp_path / "val").as_uri()])] == ["n1", "n2"]
+
+
+def test_annotations_that_cannot_be_read_are_an_error_and_may_change(tmp_path):
+    folder = tmp_path / "val"
+    (folder / "images").mkdir(parents=True)
+    (folder / "images" / "val_0.JPEG").touch()
+    annotations = folder / "val_annotations.txt"
+    annotations.mkdir()
+    with pytest.raises(DataError, match=rf"cannot read {annotations.as_uri()}: .*directory"):
+        find_inputs([folder.as_uri()])
+    annotations.rmdir()
+    assert [item.label for item in find_inputs([folder.as_uri()])] == ["val"]
+    for wnid in ("n1", "n02"):
+        annotations.write_text(f"val_0.JPEG\t{wnid}\n")
+        assert [item.label for item in find_inputs([folder.as_uri()])] == [wnid]
+
+
+def test_options_are_not_in_the_rows(samples):
+    uri = (samples / "goldfish").as_uri()
+    paths = [item.path for item in find_inputs([f"{uri}?client_secret=x"])]
+    assert paths == [item.path for item in find_inputs([uri])]
 
 
 def test_one_file(samples):
@@ -118,7 +140,7 @@ def test_a_uri_on_stdin_that_cannot_be_read_is_a_row(samples, tmp_path, monkeypa
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines)))
     nothing, nowhere, *rest = find_inputs(["-"])
     assert nowhere.path == "nowhere://x"
-    for item in (nothing, nowhere):
+    for item in (nothing, nowhere, *pickle.loads(pickle.dumps([nothing, nowhere]))):
         with pytest.raises(ImageError, match="cannot"):
             item.read()
     assert [item.label for item in rest] == ["goldfish"] * len(list(samples.glob("goldfish/*")))

@@ -73,6 +73,14 @@ def test_where_one_is_there_already_none_is_written(tmp_path, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["resnet20"]
 
 
+def test_a_repository_that_cannot_be_written_is_exit_code_1(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert main(["triton", str(tmp_path / "file" / "models"), "-m", "inception"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    target = tmp_path / "file" / "models" / "inception"
+    assert line == f"tinyserve: cannot write {target}: Not a directory"
+
+
 def test_a_file_that_was_changed_is_not_handed_on(tmp_path, capsys):
     content = bytearray(find_model("inception").read_bytes())
     middle = len(content) // 3

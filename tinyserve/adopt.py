@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from tinyserve.devices import CPU, default_threads
 from tinyserve.engine import Engine
 from tinyserve.errors import (
+    DeviceError,
     GateError,
     ModelFileError,
     OutputError,
@@ -75,8 +76,18 @@ def adopt(
     model = _load(onnx, source)
     taken, given = _only_input_and_output(model, source)
     _check_shapes(taken, given, labels, size, source)
+    card = ModelCard(
+        architecture=source.stem,
+        precision=_precision(onnx, model),
+        labels=tuple(labels),
+        image_size=size,
+        crop=size,
+        network_size=size,
+        parameters=sum(int(np.prod(tensor.dims)) for tensor in model.graph.initializer),
+        training=None,
+    )
+    _separate_signed_bytes(model)  # whose copies are no more parameters
     images = made_up_images(max(BATCHES), size)
-    _separate_zero_points(model)
     reference = _reference(model, taken.name, images, mean, std, source)
     if reference.shape != (len(images), len(labels)):  # the graph need not say it
         raise _wrong_shape(source, reference.shape, labels)
@@ -92,21 +103,10 @@ def adopt(
         raise ModelFileError(
             f"{source} runs, but is no valid ONNX model with preprocessing ({first_line(error)})"
         ) from error
-    card = ModelCard(
-        architecture=source.stem,
-        precision=_precision(onnx, model),
-        labels=tuple(labels),
-        image_size=size,
-        crop=size,
-        network_size=size,
-        parameters=sum(int(np.prod(tensor.dims)) for tensor in model.graph.initializer),
-        training=None,
-    )
     try:
         with candidate(output) as path:
             write_model(path, graph, card)
-            engine = Engine(path, device="cpu")
-            answers = {batch: engine.run(images[:batch]) for batch in BATCHES}
+            answers = _answers(path, images, source, output)
             # NumPy's maximum, which is NaN where one of them is.
             difference = float(
                 np.max([np.abs(rows - reference[:batch]).max() for batch, rows in answers.items()])
@@ -117,7 +117,7 @@ def adopt(
                     f"a probability differs by {difference:.2g} from what {source} gives"
                 )
             evidence = Evidence(
-                provider=engine.provider,
+                provider=CPU,
                 reference=f"{source.name}, ONNX Runtime, preprocessed outside",
                 images=len(images),
                 batch_sizes=BATCHES,
@@ -248,25 +248,27 @@ def _words(shape: Sequence[int | None]) -> str:
     return " x ".join("?" if size is None else str(size) for size in shape)
 
 
-def _separate_zero_points(model: "onnx.ModelProto") -> None:
-    """Give every constant that is made of 8 bits a zero point of its own.
+def _separate_signed_bytes(model: "onnx.ModelProto") -> None:
+    """Give every use of a constant of signed bytes a constant of its own.
 
-    On processors that sum products of 8 bits inexactly ONNX Runtime rewrites both, and refuses to
-    do that twice to one.
+    On processors that sum products of 8 bits inexactly ONNX Runtime makes weights and their zero
+    points unsigned, and refuses to do that twice to one.
     """
-    constants = {tensor.name: tensor for tensor in model.graph.initializer}
-    taken: set[str] = set()
-    for node in model.graph.node:
-        if node.op_type != "DequantizeLinear" or len(node.input) < 3:
-            continue
-        value, _, zero_point = node.input
-        if value not in constants or zero_point not in constants:
-            continue
-        if zero_point in taken:
-            copy = model.graph.initializer.add()
-            copy.CopyFrom(constants[zero_point])
-            node.input[2] = copy.name = f"{zero_point} of {value}"
-        taken.add(zero_point)
+    graph = model.graph
+    constants = {tensor.name: tensor for tensor in graph.initializer}
+    for node in graph.node:
+        if node.op_type == "Constant":
+            constants[node.output[0]] = node.attribute[0].t
+    used: set[str] = set()
+    for node in graph.node:
+        for place, name in enumerate(node.input):
+            if name not in constants or constants[name].data_type != constants[name].INT8:
+                continue
+            if name in used:
+                copy = graph.initializer.add()
+                copy.CopyFrom(constants[name])
+                node.input[place] = copy.name = f"{name} of {node.output[0]} {place}"
+            used.add(name)
 
 
 def _reference(
@@ -287,6 +289,18 @@ def _reference(
     except Exception as error:  # ONNX Runtime's errors share no base class
         raise ModelFileError(f"{source} does not run: {first_line(error)}") from error
     return np.asarray(rows, dtype=np.float32)
+
+
+def _answers(
+    path: Path, images: NDArray[np.uint8], source: Path, output: Path
+) -> dict[int, NDArray[np.float32]]:
+    """What the new file gives, by the size of the batch."""
+    try:
+        engine = Engine(path, device="cpu")
+        return {batch: engine.run(images[:batch]) for batch in BATCHES}
+    except (DeviceError, ModelFileError) as error:
+        said = str(error).replace(str(path), str(output))  # nobody knows of the hidden file
+        raise ModelFileError(f"{source} cannot be adopted: {said}") from error
 
 
 def _are_probabilities(rows: NDArray[np.float32], source: Path) -> bool:

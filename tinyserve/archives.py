@@ -15,7 +15,7 @@ from itertools import repeat
 from typing import Any
 
 from tinyserve import images
-from tinyserve.errors import DataError, ImageError, UsageError
+from tinyserve.errors import DataError, ImageError, UsageError, first_line
 from tinyserve.members import TARS, Member, failed
 
 _IMAGE_COLUMNS = ("image", "img", "bytes", "content", "data")
@@ -47,7 +47,7 @@ def members(path: str) -> Iterator[Member]:
     try:
         yield from found
     except Exception as error:  # each compression has an error class of its own
-        yield failed("", f"cannot read the archive: {str(error) or type(error).__name__}")
+        yield failed("", f"cannot read the archive: {first_line(error)}")
 
 
 def read_texts(path: str, name: str) -> dict[str, str]:
@@ -85,7 +85,7 @@ def _unzip(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
     except ImageError:
         raise
     except Exception as error:  # each compression has an error class of its own
-        raise ImageError(f"cannot be unpacked: {str(error) or type(error).__name__}") from error
+        raise ImageError(f"cannot be unpacked: {first_line(error)}") from error
 
 
 _BROKEN_HEADERS = (

@@ -24,7 +24,7 @@ from tinyserve import kept
 from tinyserve.classifier import Classifier
 from tinyserve.dataset import version_of
 from tinyserve.devices import peak_resident_bytes
-from tinyserve.errors import OutputError, UsageError
+from tinyserve.errors import OutputError, UsageError, os_reason
 
 _BATCHES = 4
 """At least so many for each stream: in fewer, most of the time is the first's and the last's."""
@@ -225,7 +225,7 @@ def save(fastest: dict[str, Measurement]) -> Path:
     try:
         kept.add(_TUNED, settings)
     except OSError as error:
-        raise OutputError(f"cannot write {path}: {error.strerror}") from error
+        raise OutputError(f"cannot write {path}: {os_reason(error)}") from error
     return path
 
 

@@ -25,6 +25,7 @@ from tinyserve.members import Member, failed, is_archive, is_remote
 ANNOTATIONS = "val_annotations.txt"
 _IMAGES_FOLDER = "images"
 _NUMBERS = re.compile(r"([0-9]+)")
+_AnnotationsIn = Callable[[str], dict[str, str] | None]
 
 
 STDIN = "-"
@@ -80,34 +81,38 @@ def find_inputs(paths: Sequence[str]) -> Iterator[Input]:
 
     Order: as given; inside a folder, sorted by path with numbers in numeric order; inside an
     archive, its own. A file that is named is taken whatever its name; in folders and globs only
-    image files count. ``-`` stands for paths on stdin. Nothing is listed before it is asked for,
-    so a million images take no more memory than one.
+    image files count. ``-`` stands for paths on stdin. Of folders, archives and stdin nothing is
+    listed before it is asked for; of a glob all that it matches, and of a URI all that is below it,
+    is listed at once, to be sorted.
 
     Raises :class:`DataError` at once for a path that does not exist or holds no image, and
     :class:`~tinyserve.errors.UsageError` where a package to read an archive is missing.
     """
-    return itertools.chain.from_iterable([_below(path) for path in paths])
+    if isinstance(paths, str | bytes | os.PathLike):
+        raise TypeError("find_inputs takes many paths: put a single one in a list")
+    # Annotations are looked for once a folder, not once an image; and anew each time, for they may
+    # have been rewritten.
+    beside = functools.lru_cache(maxsize=1024)(_annotations_beside)
+    labelled = functools.partial(with_label, annotations_in=beside)
+    return itertools.chain.from_iterable([_below(path, labelled) for path in paths])
 
 
-def _below(path: str) -> Iterator[Input]:
+def _below(path: str, labelled: Callable[[str], Input]) -> Iterator[Input]:
     if path == STDIN:
         if sys.stdin is None:  # closed before the start, by <&-
             raise DataError("stdin is closed")
-        return _listed(sys.stdin.buffer)
+        return _listed(sys.stdin.buffer, labelled)
     if is_remote(path):
         return _not_empty(_remote(path), f"no images in {path}")
     if os.path.isdir(path):
-        return _not_empty(map(with_label, walk_images(path)), no_images(path))
+        return _not_empty(map(labelled, walk_images(path)), no_images(path))
     if is_archive(path):
-        from tinyserve import archives
-
-        archives.needs(path)
         return _not_empty(_archived(path), f"no images in {path}")
     if os.path.lexists(path):
-        return iter([with_label(path)])
+        return iter([labelled(path)])
     if glob.has_magic(path):
         matches = sorted(glob.iglob(path, recursive=True), key=_natural_key)
-        return _not_empty(_matched(matches), f"no image matches {path}")
+        return _not_empty(_matched(matches, labelled), f"no image matches {path}")
     raise DataError(f"no such file or folder: {path}")
 
 
@@ -123,7 +128,7 @@ def _not_empty(found: Iterator[Input], otherwise: str) -> Iterator[Input]:
     return itertools.chain([first], found)
 
 
-def _matched(paths: Sequence[str]) -> Iterator[Input]:
+def _matched(paths: Sequence[str], labelled: Callable[[str], Input]) -> Iterator[Input]:
     """The images among these, and those below the folders among them, each once: ``**`` matches
     what is in a folder, too."""
     folders = {path.rstrip(os.sep) for path in paths if os.path.isdir(path)}
@@ -135,33 +140,42 @@ def _matched(paths: Sequence[str]) -> Iterator[Input]:
         if above in folders:
             continue
         if bare in folders:
-            yield from map(with_label, walk_images(path))
+            yield from map(labelled, walk_images(path))
         elif is_image_name(path):
-            yield with_label(path)
+            yield labelled(path)
 
 
-def _listed(lines: Iterable[bytes]) -> Iterator[Input]:
-    """Of the paths and URIs on stdin, one that does not exist is an input that fails."""
+def _listed(lines: Iterable[bytes], labelled: Callable[[str], Input]) -> Iterator[Input]:
+    """Of the paths and URIs on stdin, one that does not exist is an input that fails, as is an
+    archive or a URI that cannot be listed."""
     for line in lines:
         path = os.fsdecode(line.rstrip(b"\r\n"))
         if os.path.isdir(path):
-            yield from map(with_label, walk_images(path))
-        elif is_archive(path):
-            yield from _archived(path)
-        elif is_remote(path):
+            yield from map(labelled, walk_images(path))
+        elif is_archive(path) or is_remote(path):
             try:
-                yield from _remote(path)
+                yield from _archived(path) if is_archive(path) else _remote(path)
             except (DataError, UsageError) as error:
                 yield Input(path, None, failed(path, str(error)))
         elif path:
-            yield with_label(path)
+            yield labelled(path)
 
 
 def _archived(path: str) -> Iterator[Input]:
     from tinyserve import archives
 
+    archives.needs(path)
+
+    @functools.cache
+    def all_annotations() -> dict[str, dict[str, str]]:
+        """By folder: a zip archive's table of contents is long, and is gone through once."""
+        return {
+            folder: _parse_annotations(text, path)
+            for folder, text in archives.read_texts(path, ANNOTATIONS).items()
+        }
+
     def annotations(folder: str) -> dict[str, str] | None:
-        return _annotations_inside(path).get(folder)
+        return all_annotations().get(folder)
 
     for member in archives.members(path):
         if not member.name:
@@ -175,7 +189,11 @@ def _archived(path: str) -> Iterator[Input]:
 def _remote(uri: str) -> Iterator[Input]:
     from tinyserve import remote
 
-    annotations = functools.partial(_annotations_behind, uri)
+    @functools.cache
+    def annotations(folder: str) -> dict[str, str] | None:
+        text = remote.read_text(uri, f"{folder}/{ANNOTATIONS}")
+        return None if text is None else _parse_annotations(text, uri)
+
     for member in sorted(remote.members(uri), key=lambda member: _natural_key(member.name)):
         yield Input(remote.uri_of(member.name, uri), _label(member.name, annotations), member)
 
@@ -220,7 +238,6 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
         return True
 
 
-@functools.lru_cache(maxsize=16)
 def read_annotations(path: str | os.PathLike[str]) -> dict[str, str]:
     """File name to wnid, from a ``val_annotations.txt`` of Tiny ImageNet.
 
@@ -244,12 +261,23 @@ def _parse_annotations(text: str, path: str) -> dict[str, str]:
     return labels
 
 
-def with_label(path: str) -> Input:
+def _annotations_beside(folder: str) -> dict[str, str] | None:
+    path = os.path.join(folder, ANNOTATIONS)
+    return _annotations_of(path, version_of(path)) if os.path.exists(path) else None
+
+
+@functools.lru_cache(maxsize=16)
+def _annotations_of(path: str, _version: str) -> dict[str, str]:
+    """Read once, as long as the file has this version."""
+    return read_annotations(path)
+
+
+def with_label(path: str, annotations_in: _AnnotationsIn = _annotations_beside) -> Input:
     """An image file, with the label that its place says."""
-    return Input(path, _label(os.path.abspath(path), _annotations_beside))
+    return Input(path, _label(os.path.abspath(path), annotations_in))
 
 
-def _label(path: str, annotations_in: Callable[[str], dict[str, str] | None]) -> str | None:
+def _label(path: str, annotations_in: _AnnotationsIn) -> str | None:
     folder, name = os.path.split(path)
     if os.path.basename(folder) == _IMAGES_FOLDER:
         folder = os.path.dirname(folder)
@@ -258,31 +286,6 @@ def _label(path: str, annotations_in: Callable[[str], dict[str, str] | None]) ->
             return annotations.get(name)
     # The same object for all images of a class.
     return sys.intern(os.path.basename(folder)) or None
-
-
-@functools.lru_cache(maxsize=1024)
-def _annotations_beside(folder: str) -> dict[str, str] | None:
-    path = os.path.join(folder, ANNOTATIONS)
-    return read_annotations(path) if os.path.exists(path) else None
-
-
-@functools.lru_cache(maxsize=16)
-def _annotations_inside(archive: str) -> dict[str, dict[str, str]]:
-    """By folder: a zip archive's table of contents is long, and is gone through once."""
-    from tinyserve import archives
-
-    return {
-        folder: _parse_annotations(text, archive)
-        for folder, text in archives.read_texts(archive, ANNOTATIONS).items()
-    }
-
-
-@functools.lru_cache(maxsize=1024)
-def _annotations_behind(uri: str, folder: str) -> dict[str, str] | None:
-    from tinyserve import remote
-
-    text = remote.read_text(uri, f"{folder}/{ANNOTATIONS}")
-    return None if text is None else _parse_annotations(text, uri)
 
 
 def _natural_key(name: str) -> str:

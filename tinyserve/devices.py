@@ -13,7 +13,8 @@ import math
 import os
 import sys
 import threading
-from pathlib import Path
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import onnxruntime as ort
@@ -179,13 +180,35 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
-def cpu_quota() -> float | None:
-    """Cores' worth of time that the cgroup of this process may use; None without a limit."""
+def cpu_quota(root: Path = Path("/")) -> float | None:
+    """Cores' worth of time that the cgroup of this process may use; None without a limit.
+    ``/proc`` and ``/sys`` are those of ``root``."""
+    return min(_quotas(root), default=None)
+
+
+def _quotas(root: Path) -> Iterator[float]:
+    """Of the groups that this process is in, and of those around them: the least of all holds."""
     try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        return int(quota) / int(period)
-    except (OSError, ValueError):  # no cgroup v2, or "max"
-        return None
+        lines = (root / "proc/self/cgroup").read_text(errors="surrogateescape").splitlines()
+    except OSError:  # another system
+        return
+    for line in lines:
+        _, controllers, group = line.split(":", 2)
+        folder, files = root / "sys/fs/cgroup", ["cpu.max"]
+        if "cpu" in controllers.split(","):
+            folder, files = folder / "cpu", ["cpu.cfs_quota_us", "cpu.cfs_period_us"]
+        elif controllers:  # of cgroup v1, in which each controller has groups of its own
+            continue
+        # A container may see its own group at the top alone, and its name as it is outside.
+        below = PurePosixPath(group.lstrip("/"))
+        for place in (below, *below.parents):
+            try:
+                texts = [(folder / place / file).read_text() for file in files]
+                quota, period = map(int, " ".join(texts).split())
+            except (OSError, ValueError):  # not there, or "max"
+                continue
+            if quota > 0:  # v1 has -1 for no limit
+                yield quota / period
 
 
 def cpu_info(*names: str) -> str:

@@ -22,7 +22,7 @@ from tinyserve.devices import (
     wanted_device,
 )
 from tinyserve.engine import Engine
-from tinyserve.errors import DeviceError, GateError, TinyserveError
+from tinyserve.errors import DeviceError, GateError, TinyserveError, last_line
 from tinyserve.modelfile import installed_models, search_folders
 from tinyserve.onnxruntime_session import execution_providers, session_options
 
@@ -168,7 +168,7 @@ def _session_problem(device: str) -> str | None:
         )
         session.run(None, {"x": np.ones(1, np.float32)})
     except Exception as error:  # neither runtime's errors share a base class
-        return f"it cannot run a model: {str(error).strip().splitlines()[-1]}"
+        return f"it cannot run a model: {last_line(error)}"
     chosen = session.get_providers()[0]
     return None if chosen == providers[0][0] else f"ONNX Runtime chose {chosen}"
 

@@ -248,18 +248,13 @@ def _errors_in_words(path: Path, device: str) -> Iterator[None]:
     except Exception as cause:  # neither runtime's errors share a base class
         said = _in_a_line(cause, device)
         if device == "cpu":
-            wrong = "cannot be loaded" if _is_readable(path) else "is no ONNX model, or damaged"
+            # By its name: an ONNX Runtime that has lost its files has no such type.
+            damaged = type(cause).__name__ == "InvalidProtobuf"
+            wrong = "is no ONNX model, or damaged" if damaged else "cannot be loaded"
             raise ModelFileError(f"{path} {wrong} ({said})") from cause
         with _errors_in_words(path, "cpu"):
             read_unprepared(path)  # a file that no device can run is not the device's fault
         raise DeviceError(f"device {device} cannot run {path.name}: {said}") from cause
-
-
-def _is_readable(path: Path) -> bool:
-    with contextlib.suppress(Exception):  # ONNX Runtime's errors share no base class
-        read_unprepared(path)
-        return True
-    return False
 
 
 def _in_a_line(cause: Exception, runtime: str) -> str:

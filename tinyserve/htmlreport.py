@@ -12,7 +12,7 @@ from string import Template
 from tinyserve import images
 from tinyserve.dataset import Input, version_of
 from tinyserve.devices import device_name
-from tinyserve.errors import ImageError, OutputError
+from tinyserve.errors import ImageError, OutputError, os_reason
 from tinyserve.files import candidate
 from tinyserve.statistics import (
     PICTURE_SIZE,
@@ -513,4 +513,4 @@ def _count(number: int, noun: str) -> str:
 
 
 def _cannot_write(path: Path, error: OSError) -> OutputError:
-    return OutputError(f"cannot write {path}: {error.strerror or error}")
+    return OutputError(f"cannot write {path}: {os_reason(error)}")

@@ -18,7 +18,7 @@ import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
 
-from tinyserve.errors import ImageError
+from tinyserve.errors import ImageError, os_reason
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -149,7 +149,7 @@ def read(path: str | os.PathLike[str]) -> bytes:
         finally:
             os.close(descriptor)
     except OSError as error:
-        raise ImageError(f"cannot read: {error.strerror or error}") from error
+        raise ImageError(f"cannot read: {os_reason(error)}") from error
     except ValueError as error:  # a NUL in the name
         raise ImageError(f"cannot read: {error}") from error
 

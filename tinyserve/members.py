@@ -7,6 +7,8 @@ met.
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import NoReturn
 
 from tinyserve.errors import ImageError
 
@@ -37,9 +39,9 @@ def is_remote(path: str) -> bool:
 
 
 def failed(name: str, reason: str, label: str | None = None) -> Member:
-    """A member that cannot be read."""
+    """A member that cannot be read; it can be pickled."""
+    return Member(name, label, partial(_fail, reason))
 
-    def read() -> bytes:
-        raise ImageError(reason)
 
-    return Member(name, label, read)
+def _fail(reason: str) -> NoReturn:
+    raise ImageError(reason)

@@ -14,11 +14,13 @@ import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
+from types import TracebackType
 from typing import Any, TextIO
 
 from tinyserve.classifier import Prediction, Result
-from tinyserve.errors import OutputError, UsageError
+from tinyserve.errors import OutputError, UsageError, os_reason
 from tinyserve.files import candidate, held
 from tinyserve.modelfile import Label
 
@@ -50,7 +52,6 @@ def format_of(output: str | None) -> str:
     return {".csv": "csv", ".parquet": "parquet"}.get(suffix, "jsonl")
 
 
-@contextlib.contextmanager
 def open_rows(
     output: str | None,
     format_: str,
@@ -59,20 +60,52 @@ def open_rows(
     model: str,
     widest: int = 0,
     append: bool = False,
-) -> Iterator[Write]:
+) -> AbstractContextManager[Write]:
     """What writes the rows of a job, to a file or else to stdout.
 
     ``model`` is the fingerprint that every row carries; a table is laid out for paths of up to
     ``widest`` characters. Raises :class:`~tinyserve.errors.OutputError` where a file cannot be
     written.
     """
-    if format_ == "parquet":
-        if output is None:
-            raise UsageError("Parquet is written to a file: give -o")
-        with _as_output_error(output), _parquet(output, model) as write:
-            yield write
-        return
-    with _as_output_error(output), _opened(output, append=append) as stream:
+    if format_ != "parquet":
+        return _Rows(output, _lines(output, format_, k, model, widest, append=append))
+    if output is None:
+        raise UsageError("Parquet is written to a file: give -o")
+    return _Rows(output, _parquet(output, model))
+
+
+class _Rows(AbstractContextManager[Write]):
+    """What opens, writes and closes an output, with its errors as
+    :class:`~tinyserve.errors.OutputError`; the body's are none of it."""
+
+    def __init__(self, output: str | None, rows: AbstractContextManager[Write]) -> None:
+        self._output, self._rows = output, rows
+
+    def __enter__(self) -> Write:
+        with _as_output_error(self._output):
+            write = self._rows.__enter__()
+
+        def written(result: Result) -> None:
+            with _as_output_error(self._output):
+                write(result)
+
+        return written
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> bool | None:
+        with _as_output_error(self._output):
+            return self._rows.__exit__(kind, error, traceback)
+
+
+@contextlib.contextmanager
+def _lines(
+    output: str | None, format_: str, k: int, model: str, widest: int, *, append: bool
+) -> Iterator[Write]:
+    with _opened(output, append=append) as stream:
         if format_ == "jsonl":
             # What another encoding lacks would be written as Python escapes it, which is no JSON.
             ascii_only = codecs.lookup(stream.encoding or "utf-8").name != "utf-8"
@@ -186,7 +219,7 @@ def _as_output_error(output: str | None) -> Iterator[None]:
     except BrokenPipeError:
         raise
     except OSError as error:
-        raise OutputError(f"cannot write {output or 'to stdout'}: {error.strerror}") from error
+        raise OutputError(f"cannot write {output or 'to stdout'}: {os_reason(error)}") from error
 
 
 @contextlib.contextmanager
@@ -194,9 +227,11 @@ def _opened(output: str | None, *, append: bool) -> Iterator[TextIO]:
     if output is None:
         yield sys.stdout
         return
+    if not os.path.exists(output):
+        open(output, "a").close()  # what is not there cannot be locked
     with (
-        open(output, "a", encoding="utf-8", errors="backslashreplace", newline="") as stream,
         locked(output),
+        open(output, "a", encoding="utf-8", errors="backslashreplace", newline="") as stream,
     ):
         if not append and os.path.isfile(output):
             stream.truncate(0)
@@ -213,8 +248,10 @@ def locked(output: str) -> Iterator[None]:
     if not os.path.isfile(output):
         yield
         return
+    before = os.stat(output)
     with held(output) as alone:
-        if not alone:
+        # A job that goes on replaces the file, and its rows are in the other one.
+        if not alone or not os.path.samestat(before, os.stat(output)):
             raise OutputError(f"cannot write {output}: another job is writing it")
         yield
 

@@ -5,23 +5,29 @@ need not wait for.
 """
 
 import io
+import struct
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import (
+    BmpImagePlugin,  # noqa: F401  (each makes its format known to Pillow, in Image.OPEN)
+    GifImagePlugin,  # noqa: F401
+    Image,
+    JpegImagePlugin,  # noqa: F401
+    PngImagePlugin,  # noqa: F401
+    WebPImagePlugin,  # noqa: F401
+)
+from PIL.ImageFile import ImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 
 from tinyserve.errors import ImageError, first_line
 
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF")
 
-# Pillow only warns between its limit and twice that; its documentation advises this filter to make
-# the limit strict. A filter is process-wide, but so is the risk.
-warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
-# And of what it finds odd in a file and reads nevertheless, in the midst of the rows.
+# Pillow warns of what it finds odd in a file and reads nevertheless, in the midst of the rows.
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 
 # Tags of EXIF and TIFF
@@ -29,6 +35,10 @@ _ORIENTATION = 0x0112
 _BITS_PER_SAMPLE = 0x0102
 _PHOTOMETRIC = 0x0106
 _WHITE_IS_ZERO = 0
+
+_EXIF = ("exif", "Raw profile type exif")
+_XMP = ("xmp", "XML:com.adobe.xmp")
+"""Under which Pillow keeps what a file says of itself."""
 
 _SIXTEEN_BIT_MODES = frozenset({"I;16", "I;16B", "I;16L", "I;16N", "I"})
 
@@ -42,20 +52,29 @@ def decode(
     ``room_for`` is asked for a height and a width while an image of these is decoded.
     """
     try:
-        with (
-            Image.open(io.BytesIO(data), formats=FORMATS) as image,
-            room_for(image.height, image.width),
-        ):
+        with _open(data) as image, room_for(image.height, image.width):
+            for name in _XMP:  # by which a TIFF would be turned while it is loaded
+                image.info.pop(name, None)
             image.load()
-            return np.array(_to_rgb(image)), _orientation(image.getexif)
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ImageError(f"too large: more than {Image.MAX_IMAGE_PIXELS:,} pixels") from error
-    except UnidentifiedImageError as error:
-        raise ImageError("not an image, or a format that is not supported") from error
+            return np.array(_to_rgb(image)), _orientation(lambda: _exif(image))
     except ImageError:
         raise
     except Exception as error:  # Pillow's decoders raise almost anything on damaged data
         raise ImageError(f"damaged image: {first_line(error)}") from error
+
+
+def _open(data: bytes) -> ImageFile:
+    """As ``Image.open`` does, but without its limit, which warns the whole process of what
+    ``room_for`` refuses here."""
+    for format_ in FORMATS:
+        opened, accepts = Image.OPEN[format_]
+        if accepts is None or accepts(data[:16]) is not True:
+            continue
+        try:
+            return opened(io.BytesIO(data), "")
+        except (SyntaxError, IndexError, TypeError, struct.error):  # it is of another format
+            pass
+    raise ImageError("not an image, or a format that is not supported")
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -86,6 +105,14 @@ def _high_bytes(image: Image.Image) -> NDArray[np.uint8]:
     if white_is_zero:
         greys = 255 - greys
     return np.where(transparent, np.uint8(255), greys)
+
+
+def _exif(image: ImageFile) -> Image.Exif:
+    """What EXIF says, and nobody else: ``getexif`` may add an orientation that XMP has. A TIFF,
+    which Pillow turns, says nothing any more."""
+    bare = Image.new("1", (1, 1))
+    bare.info = {name: image.info[name] for name in _EXIF if name in image.info}
+    return bare.getexif()
 
 
 def _orientation(exif: Callable[[], Image.Exif]) -> int:

@@ -20,7 +20,15 @@ from typing import Any
 from tinyserve.classifier import Classifier, model_file
 from tinyserve.dataset import Input
 from tinyserve.devices import default_threads
-from tinyserve.errors import DeviceError, OutputError, TinyserveError, UsageError
+from tinyserve.engine import read_card
+from tinyserve.errors import (
+    DeviceError,
+    OutputError,
+    TinyserveError,
+    UsageError,
+    last_line,
+    os_reason,
+)
 from tinyserve.files import candidate
 from tinyserve.output import open_rows
 from tinyserve.report import Tally
@@ -88,6 +96,9 @@ def classify(
         tasks = [{"part": pickle.dumps(task)} for task in enumerate(_parts(inputs, part))]
         # The machines may have GPUs that this one has not.
         path = model_file(job.model, job.precision, "cuda" if gpus else "cpu")
+        precision = read_card(path).precision
+        if job.precision not in ("auto", precision):  # as a Classifier says it of its own file
+            raise UsageError(f"{path} is of {precision}, not {job.precision}")
         worker = {
             "job": job,
             "model": (path.name, ray.put(path.read_bytes())),
@@ -118,7 +129,7 @@ def classify(
                 _write(folder / f"part-{result.number:06}.{job.format}", result.content)
                 yield result
         except ray.exceptions.RayError as error:
-            raise TinyserveError(f"Ray: {_last_line(error)}") from error
+            raise TinyserveError(f"Ray: {last_line(error)}") from error
 
 
 class _Worker:
@@ -265,7 +276,7 @@ def _empty_folder(output: str) -> Path:
         if any(folder.iterdir()):
             raise UsageError(f"{output} is not empty: rows of two jobs would mix there")
     except OSError as error:
-        raise OutputError(f"cannot write to {output}: {error.strerror}") from error
+        raise OutputError(f"cannot write to {output}: {os_reason(error)}") from error
     return folder
 
 
@@ -274,8 +285,4 @@ def _write(path: Path, content: bytes) -> None:
         with candidate(path) as file:
             file.write_bytes(content)
     except OSError as error:
-        raise OutputError(f"cannot write {path}: {error.strerror}") from error
-
-
-def _last_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).rpartition("\n")[2]
+        raise OutputError(f"cannot write {path}: {os_reason(error)}") from error

@@ -37,16 +37,31 @@ def members(uri: str) -> list[Member]:
 
 
 def uri_of(name: str, uri: str) -> str:
-    """That of the member of such a name among those of ``uri``."""
+    """That of the member of such a name among those of ``uri``.
+
+    Without the options of ``uri`` and whom it names before the host, which may be secrets and
+    would be written into every row: what is read with such options, as on a server of one's own,
+    is read again by the whole of ``uri``, not by this.
+    """
     return f"{uri.partition('://')[0]}://{quote(name, errors='surrogateescape')}"
 
 
 def read_text(uri: str, path: str) -> str | None:
-    """A text file in the file system of a URI; None where it cannot be read."""
+    """A text file in the file system of a URI; None where there is none.
+
+    Raises :class:`~tinyserve.errors.DataError` where it cannot be read, or it cannot be told
+    whether there is one.
+    """
+    filesystem, _ = _file_system(uri)
+    import pyarrow.fs as fs
+
     try:
-        return _read(_file_system(uri)[0], path).decode("utf-8-sig", errors="replace")
-    except ImageError:
-        return None
+        if filesystem.get_file_info(path).type == fs.FileType.NotFound:
+            return None
+        with filesystem.open_input_stream(path) as file:
+            return read_from(file).decode("utf-8-sig", errors="replace")
+    except Exception as error:  # as in members()
+        raise DataError(f"cannot read {uri_of(path, uri)}: {first_line(error)}") from error
 
 
 def _file_system(uri: str) -> tuple[Any, str]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from tinyserve.classifier import Classifier, Result
 from tinyserve.dataset import Input, version_of, with_label
-from tinyserve.errors import DataError, OutputError, UsageError
+from tinyserve.errors import DataError, OutputError, UsageError, os_reason
 from tinyserve.files import candidate, remove_candidates
 from tinyserve.members import is_remote
 from tinyserve.output import RESUMABLE, locked, open_rows, read_rows
@@ -87,7 +87,7 @@ class Resumed:
                         write(result)
                         yield result
         except OSError as error:
-            raise OutputError(f"cannot rewrite {self._output}: {error.strerror}") from error
+            raise OutputError(f"cannot rewrite {self._output}: {os_reason(error)}") from error
 
     def _holds(self, row: dict[str, Any]) -> bool:
         path, version, predictions = row["path"], row["version"], len(row["predictions"])

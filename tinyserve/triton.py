@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from tinyserve.engine import read_card
-from tinyserve.errors import UsageError
+from tinyserve.errors import OutputError, UsageError, os_reason
 from tinyserve.modelfile import INPUT_NAME, OUTPUT_NAME, Label, ModelCard, check_graph
 
 MAX_BATCH_SIZE = 64
@@ -18,8 +18,9 @@ def write_repository(folder: Path, models: Mapping[str, Path]) -> list[Path]:
     """Write ``<name>/1/model.onnx``, ``config.pbtxt`` and ``labels.txt`` for every model.
 
     ``models`` maps names to model files. Returns the folders of the models. Raises
-    :class:`~tinyserve.errors.UsageError` for one that is there already, before anything is written,
-    or cannot be written, and :class:`~tinyserve.errors.GateError` for a file that was changed.
+    :class:`~tinyserve.errors.UsageError` for one that is there already and
+    :class:`~tinyserve.errors.GateError` for a file that was changed, both before anything is
+    written, and :class:`~tinyserve.errors.OutputError` for what cannot be written.
     """
     cards = {name: read_card(path) for name, path in models.items()}
     for name, path in models.items():
@@ -42,7 +43,7 @@ def write_repository(folder: Path, models: Mapping[str, Path]) -> list[Path]:
             os.replace(partial, target)
         except OSError as error:
             shutil.rmtree(partial, ignore_errors=True)
-            raise UsageError(f"cannot write {target}: {error.strerror}") from error
+            raise OutputError(f"cannot write {target}: {os_reason(error)}") from error
         written.append(target)
     return written
 

@@ -33,6 +33,17 @@ _COMMANDS = {
 }
 """Command to the module that has it. In this order they are in the help."""
 
+_EPILOG = """\
+Exit codes: 0 fine, 1 failed, 2 wrong usage, 3 some inputs failed, 4 a model is
+not what it was, 5 the device asked for cannot run, 130 interrupted by Ctrl-C.
+
+Environment:
+  TINYSERVE_DEVICE       in place of --device
+  TINYSERVE_MODELS       folders searched for models instead of exported/,
+                         separated as in PATH
+  TINYSERVE_NUM_THREADS  cores to use (default: all that this process may)
+"""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
@@ -85,8 +96,8 @@ def _parser(command: str = "") -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="tinyserve",
         description="Classify images with small, self-describing ONNX models.",
-        epilog="Exit codes: 0 fine, 1 failed, 2 wrong usage, 3 some inputs failed, 4 a model is "
-        "not what it was, 5 the device asked for cannot run.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=_EPILOG,
     )
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version, and end")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")

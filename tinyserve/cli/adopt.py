@@ -17,12 +17,15 @@ def add_to(commands: Commands) -> None:
     )
     command.set_defaults(command=adopt)
     add = command.add_argument
-    add("source", metavar="MODEL.onnx")
+    add("source", metavar="MODEL.onnx", help="somebody else's network")
     add("--labels", metavar="FILE", required=True, help="a class a line, in the output's order")
-    add("--mean", type=_three_numbers, required=True, help="R,G,B in units of 0..1")
-    add("--std", type=_three_deviations, required=True, help="R,G,B in units of 0..1")
-    add("--size", type=count, required=True, help="side of the images, in pixels")
-    add("-o", "--output", metavar="OUT.onnx", required=True)
+    for name, of, numbers in (
+        ("--mean", "what is taken from pixels", _three_numbers),
+        ("--std", "what they are then divided by", _three_deviations),
+    ):
+        add(name, type=numbers, metavar="R,G,B", required=True, help=f"{of}, in units of 0..1")
+    add("--size", type=count, metavar="N", required=True, help="side of the images, in pixels")
+    add("-o", "--output", metavar="OUT.onnx", required=True, help="file, or folder, to write")
 
 
 def adopt(arguments: argparse.Namespace) -> int:

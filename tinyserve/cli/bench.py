@@ -7,7 +7,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from tinyserve.classifier import model_file
-from tinyserve.cli.arguments import Commands, add_json, count, model_name, positive
+from tinyserve.cli.arguments import Commands, add_json, add_models, count, model_name, positive
 from tinyserve.cli.terminal import print_columns
 from tinyserve.devices import DEVICES, default_threads, device_name, wanted_device
 from tinyserve.errors import ModelFileError
@@ -25,18 +25,13 @@ def add_to(commands: Commands) -> None:
         "keep the fastest settings for `classify --tuned`.",
     )
     command.set_defaults(command=bench)
+    add_models(command, " (default: every file that is installed)")
     add = command.add_argument
-    add(
-        "-m",
-        "--model",
-        action="append",
-        help="name or .onnx file, repeatable (default: every file that is installed)",
-    )
     add(
         "--device",
         action="append",
         choices=DEVICES,
-        help="repeatable (default: $TINYSERVE_DEVICE or auto)",
+        help="may be repeated (default: $TINYSERVE_DEVICE or auto)",
     )
     add(
         "-j",
@@ -44,7 +39,7 @@ def add_to(commands: Commands) -> None:
         action="append",
         type=count,
         metavar="N",
-        help="repeatable (default: 1 and one a core)",
+        help="batches at a time; may be repeated (default: 1, and one a core)",
     )
     add(
         "-b",
@@ -53,9 +48,9 @@ def add_to(commands: Commands) -> None:
         type=count,
         default=[1, 16, 32, 64],
         metavar="N",
-        help="default: 1 16 32 64",
+        help="images computed at a time (default: 1 16 32 64)",
     )
-    add("--seconds", type=positive, default=1.0, help="for each figure (default: %(default)s)")
+    add("--seconds", type=positive, default=1.0, help="for each figure (default: %(default)g)")
     add_json(command)
 
 

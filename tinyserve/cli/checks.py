@@ -25,8 +25,10 @@ def add_to(commands: Commands) -> None:
     command = commands.add_parser(
         "verify",
         help="check that a model file does here what was measured when it was made",
-        description="Check that a model file is unchanged and answers as it should: its golden "
-        "images always, and with --data its accuracy. Exit code 4 where it does not.",
+        description="Check that a model file is unchanged and answers as it should. Without "
+        "--data: whether its graph and metadata are as they were exported, and its golden images "
+        "get the answers that it carries; with it, its accuracy, too. Exit code 4 where they do "
+        "not.",
     )
     command.set_defaults(command=verify)
     add = command.add_argument
@@ -36,14 +38,25 @@ def add_to(commands: Commands) -> None:
     add_json(command)
 
     command = commands.add_parser(
-        "compare", help="compare two models on the same images: accuracy, agreement, speed"
+        "compare",
+        help="compare two models on the same images: accuracy, agreement, speed",
+        description="Compare two models on the same labelled images: the accuracy of each, how "
+        "often they agree, how likely such a difference is by chance, and their speed. Exit code 3 "
+        "where some images cannot be read.",
     )
     command.set_defaults(command=compare)
     add = command.add_argument
     add_model(command, "a")
     add_model(command, "b")
     add("--data", metavar="DIR", required=True, help="labelled images, or a data set with val/")
-    add("-b", "--batch-size", type=count, default=32, help="default: %(default)s")
+    add(
+        "-b",
+        "--batch-size",
+        type=count,
+        default=32,
+        metavar="N",
+        help="images computed at a time (default: %(default)s)",
+    )
     add_device(command)
     add_json(command)
 

@@ -13,6 +13,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tinyserve.classifier import FIRST_BATCH, LARGEST_BATCH, Classifier, model_file
 from tinyserve.cli.arguments import Commands, add_device, count, model_name, number, whole
@@ -20,13 +21,16 @@ from tinyserve.cli.terminal import SOME_FAILED, progress
 from tinyserve.confidence import in_words, operating_point
 from tinyserve.dataset import Input, find_inputs
 from tinyserve.devices import default_threads, device_name
-from tinyserve.errors import ModelFileError, OutputError, UsageError
+from tinyserve.errors import ModelFileError, OutputError, UsageError, os_reason
 from tinyserve.images import is_image_name
 from tinyserve.members import TARS, is_remote
-from tinyserve.modelfile import DEFAULT_MODEL, PRECISIONS
+from tinyserve.modelfile import DEFAULT_MODEL, PRECISIONS, ModelCard
 from tinyserve.output import FORMATS, format_of, open_rows
 from tinyserve.report import Summary, Tally
 from tinyserve.resume import Resumed
+
+if TYPE_CHECKING:
+    from tinyserve.statistics import Statistics
 
 _FIRST = 10_000
 _FIRST_BYTES = 64 * 2**20
@@ -51,9 +55,17 @@ def add_to(commands: Commands) -> None:
         "for paths on stdin",
     )
     add("-m", "--model", default=DEFAULT_MODEL, help="name or .onnx file (default: %(default)s)")
-    add("-k", "--topk", type=count, default=5, help="predictions an image (default: 5)")
+    add(
+        "-k",
+        "--topk",
+        type=count,
+        default=5,
+        metavar="N",
+        help="predictions an image (default: %(default)s); the table shows as many as fit, -o has "
+        "all",
+    )
     growing = f"default: {FIRST_BATCH}, growing to {LARGEST_BATCH} for quick models"
-    add("-b", "--batch-size", type=count, help=growing)
+    add("-b", "--batch-size", type=count, metavar="N", help=f"images a batch ({growing})")
     add_device(command)
     add(
         "--precision",
@@ -66,7 +78,8 @@ def add_to(commands: Commands) -> None:
         "--workers",
         type=count,
         metavar="N",
-        help="batches at a time, between which the cores are shared (default: one a core)",
+        help="batches at a time, between which the cores are shared (default: one a core); with "
+        "--ray, cores for each classifier (default: 1)",
     )
     add(
         "--tuned",
@@ -78,7 +91,12 @@ def add_to(commands: Commands) -> None:
         action="store_true",
         help="do not replay a file's golden images when it is used here for the first time",
     )
-    add("--format", choices=FORMATS, help="default: table, or by the suffix of -o")
+    add(
+        "--format",
+        choices=FORMATS,
+        help="how the rows are written (default: as a table; to a file, by its suffix, or else as "
+        "JSON lines)",
+    )
     add(
         "--submission",
         dest="format",
@@ -91,26 +109,38 @@ def add_to(commands: Commands) -> None:
         "--output",
         type=lambda name: None if name == "-" else name,
         metavar="FILE",
-        help="write the rows here instead of to stdout",
+        help="write the rows here (default: to stdout)",
     )
     add(
         "--ray",
         nargs="?",
         const="local",
         metavar="ADDRESS",
-        help="on the machines of a Ray cluster (default: one that is started here); -o is a folder",
+        help="on the machines of a Ray cluster (default: one that is started here); -o is a "
+        "folder; put paths first, or the first of them is taken for the address",
     )
     add("--resume", action="store_true", help="keep the rows in -o that still hold, add the others")
-    add("--max-errors", type=_none_or_more, metavar="N", help="stop when more inputs than N failed")
-    add("--summary", metavar="FILE", help="write the summary here, too, as JSON")
+    add(
+        "--max-errors",
+        type=_none_or_more,
+        metavar="N",
+        help="stop when more inputs than N failed (default: never)",
+    )
+    add("--summary", metavar="FILE", help="write the summary here as well, as JSON")
     add("--report", type=Path, metavar="DIR", help="write a page with all figures into this folder")
     least = command.add_mutually_exclusive_group().add_argument
-    least("--min-confidence", type=_share, metavar="P", help="what is less sure becomes unknown")
+    least(
+        "--min-confidence",
+        type=_share,
+        metavar="P",
+        help="what is less sure, from 0 to 1, becomes unknown",
+    )
     least(
         "--target-precision",
         type=_share,
         metavar="P",
-        help="the least confidence that was right so often on the images held out of training",
+        help="the least confidence that was right so often, from 0 to 1, on the images held out of "
+        "training",
     )
 
 
@@ -130,33 +160,17 @@ def classify(arguments: argparse.Namespace) -> int:
     # What is listed stays for long: not to be looked through for garbage, over and over.
     gc.freeze()
     widest = max((len(item.path) for item in first), default=0)
-    listed = len(first)
-    inputs = itertools.chain(_given_away(first), inputs)
     settings = _settings(arguments)
-    batches = math.ceil(listed / (settings.batch_size or FIRST_BATCH))
-    classifier = Classifier(
-        arguments.model,
-        precision=arguments.precision,
-        device=settings.device,
-        # A few images get all the cores for each batch, one after the other.
-        streams=max(1, min(settings.workers, batches)) if all_of_them else settings.workers,
-        self_test=False if arguments.no_self_test else "once",
-    )
+    classifier = _classifier(arguments, settings, len(first) if all_of_them else None)
     k = min(arguments.topk, len(classifier.card.labels))
-    threshold = arguments.min_confidence
-    if arguments.target_precision is not None:
-        point = operating_point(classifier.card, arguments.target_precision)
-        threshold = point.threshold
-        print(f"tinyserve: {in_words(point, classifier.card)}", file=sys.stderr)
+    threshold = _threshold(arguments, classifier)
     if format_ == "submission" and None in [label.wnid for label in classifier.card.labels]:
         raise ModelFileError("a submission needs a model whose classes have WordNet ids")
     tally = Tally()
     collectors = [tally.add]
+    figures = None
     if arguments.report is not None:
-        from tinyserve import htmlreport, statistics  # a single image shall not wait for them
-
-        htmlreport.make_folder(arguments.report)
-        figures = statistics.Statistics(classifier.card)
+        figures = _figures(arguments.report, classifier.card)
         collectors.append(figures.add)
     resumed = None
     if arguments.resume:
@@ -164,40 +178,30 @@ def classify(arguments: argparse.Namespace) -> int:
         for result in resumed.results():
             for collect in collectors:
                 collect(result)
-        inputs = resumed.left(inputs)
+        inputs = resumed.left(itertools.chain(_given_away(first), inputs))
+        first, all_of_them = _first(inputs)
     kept = tally.inputs
-    total = listed - kept if all_of_them else None
+    total = len(first) if all_of_them else None
+    inputs = itertools.chain(_given_away(first), inputs)
     start = time.perf_counter()
-    try:
-        with (
-            open_rows(
-                output,
-                format_,
-                k=k,
-                model=classifier.fingerprint,
-                widest=widest,
-                append=kept > 0,
-            ) as write,
-            contextlib.closing(
-                classifier.classify_many(inputs, k=k, batch_size=settings.batch_size)
-            ) as results,
-            progress(total, rows=output is None) as advance,
-        ):
-            for result in results:
-                result = result.at_least(threshold)
-                for collect in collectors:
-                    collect(result)
-                write(result)
-                advance()
-                if arguments.max_errors is not None and tally.failed > arguments.max_errors:
-                    break
-    except BrokenPipeError as error:
-        if not (arguments.summary or arguments.report):
-            raise
-        raise OutputError(
-            "stdout was closed before the end, so there is no summary and no report: write the "
-            "rows to a file (-o)"
-        ) from error
+    with (
+        _wanting_readers(arguments),
+        open_rows(
+            output, format_, k=k, model=classifier.fingerprint, widest=widest, append=kept > 0
+        ) as write,
+        contextlib.closing(
+            classifier.classify_many(inputs, k=k, batch_size=settings.batch_size)
+        ) as results,
+        progress(total, rows=output is None) as advance,
+    ):
+        for result in results:
+            result = result.at_least(threshold)
+            for collect in collectors:
+                collect(result)
+            write(result)
+            advance()
+            if arguments.max_errors is not None and tally.failed > arguments.max_errors:
+                break
     summary = tally.summary(
         model=model_name(arguments.model),
         precision=classifier.card.precision,
@@ -206,23 +210,56 @@ def classify(arguments: argparse.Namespace) -> int:
         kept=kept,
         min_confidence=threshold,
     )
-    code = _conclude(arguments, summary)
-    if resumed is not None and resumed.others:
-        print(
-            f"tinyserve: {resumed.others:,} of the rows are of inputs that were not asked for now; "
-            f"{output} keeps them, and they are counted",
-            file=sys.stderr,
-        )
-    if resumed is not None and resumed.lost:
-        print(
-            f"tinyserve: {resumed.lost:,} rows that failed, or no longer hold, were of inputs that "
-            f"were not asked for now; they are no longer in {output}",
-            file=sys.stderr,
-        )
-    if arguments.report is not None:
-        htmlreport.write_report(arguments.report, figures.report(summary, arguments.paths))
-        print(f"report: {arguments.report / htmlreport.PAGE}", file=sys.stderr)
-    return code
+    return _conclude(arguments, summary, figures, resumed)
+
+
+def _figures(folder: Path, card: ModelCard) -> "Statistics":
+    """Those of a report, for which there is a folder then."""
+    from tinyserve import htmlreport, statistics  # a single image shall not wait for them
+
+    htmlreport.make_folder(folder)
+    return statistics.Statistics(card)
+
+
+@contextlib.contextmanager
+def _wanting_readers(arguments: argparse.Namespace) -> Iterator[None]:
+    """A job whose rows nobody reads any more ends quietly, unless more was asked of it."""
+    try:
+        yield
+    except BrokenPipeError as error:
+        if not (arguments.summary or arguments.report):
+            raise
+        raise OutputError(
+            "stdout was closed before the end, so there is no summary and no report: write the "
+            "rows to a file (-o)"
+        ) from error
+
+
+def _classifier(
+    arguments: argparse.Namespace, settings: "_Settings", inputs: int | None
+) -> Classifier:
+    streams = settings.workers
+    if inputs is not None:
+        # A few images get all the cores for each batch, one after the other.
+        batches = math.ceil(inputs / (settings.batch_size or FIRST_BATCH))
+        streams = max(1, min(streams, batches))
+    return Classifier(
+        arguments.model,
+        precision=arguments.precision,
+        device=settings.device,
+        streams=streams,
+        self_test=False if arguments.no_self_test else "once",
+    )
+
+
+def _threshold(arguments: argparse.Namespace, classifier: Classifier) -> float | None:
+    """The least confidence of what is not unknown."""
+    least: float | None = arguments.min_confidence
+    if arguments.target_precision is not None:
+        point = operating_point(classifier.card, arguments.target_precision)
+        print(f"tinyserve: {in_words(point, classifier.card)}", file=sys.stderr)
+        least = point.threshold
+    return least
 
 
 def _check_outputs(arguments: argparse.Namespace) -> None:
@@ -324,25 +361,52 @@ def _to_be_shared(paths: Sequence[str]) -> Iterator[Input]:
         yield item
 
 
-def _conclude(arguments: argparse.Namespace, summary: Summary) -> int:
+def _conclude(
+    arguments: argparse.Namespace,
+    summary: Summary,
+    figures: "Statistics | None" = None,
+    resumed: Resumed | None = None,
+) -> int:
+    """The end of a job: what can be written is written, and only then what cannot be is raised."""
+    lines = list(_summary_lines(summary))
+    if arguments.max_errors is not None and summary.failed > arguments.max_errors:
+        lines.insert(0, f"tinyserve: stopped: more than {arguments.max_errors:,} inputs failed")
+    if resumed is not None:
+        lines += _notices(resumed, arguments.output)
+    failures = []
     # First what is kept: whoever reads along may have left.
-    failure = None
     if arguments.summary:
         document = json.dumps(dataclasses.asdict(summary), indent=2) + "\n"
         try:
             Path(arguments.summary).write_text(document)
         except OSError as error:
-            failure = OutputError(f"cannot write {arguments.summary}: {error.strerror}")
-    if arguments.max_errors is not None and summary.failed > arguments.max_errors:
-        print(
-            f"tinyserve: stopped: more than {arguments.max_errors:,} inputs failed",
-            file=sys.stderr,
-        )
-    for line in _summary_lines(summary):
+            failures.append(f"cannot write {arguments.summary}: {os_reason(error)}")
+    if figures is not None:
+        from tinyserve import htmlreport
+
+        try:
+            htmlreport.write_report(arguments.report, figures.report(summary, arguments.paths))
+            lines.append(f"report: {arguments.report / htmlreport.PAGE}")
+        except OutputError as error:
+            failures.append(str(error))
+    for line in lines:
         print(line, file=sys.stderr)
-    if failure is not None:
-        raise failure
+    if failures:
+        raise OutputError("; ".join(failures))
     return SOME_FAILED if summary.failed else 0
+
+
+def _notices(resumed: Resumed, output: str) -> Iterator[str]:
+    if resumed.others:
+        yield (
+            f"tinyserve: {resumed.others:,} of the rows are of inputs that were not asked for now; "
+            f"{output} keeps them, and they are counted"
+        )
+    if resumed.lost:
+        yield (
+            f"tinyserve: {resumed.lost:,} rows that failed, or no longer hold, were of inputs that "
+            f"were not asked for now; they are no longer in {output}"
+        )
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

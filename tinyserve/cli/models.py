@@ -24,16 +24,30 @@ from tinyserve.modelfile import (
 
 
 def add_to(commands: Commands) -> None:
-    command = commands.add_parser("models", help="list the models that are installed")
+    command = commands.add_parser(
+        "models",
+        help="list the models that are installed",
+        description="List the models that are installed, which other commands take by name.",
+    )
     command.set_defaults(command=models)
     add_json(command)
 
-    command = commands.add_parser("info", help="print what a model file says of itself")
+    command = commands.add_parser(
+        "info",
+        help="print what a model file says of itself",
+        description="Print what a model file says of itself: its input and output, what it was "
+        "trained on, and what was measured before it was kept.",
+    )
     command.set_defaults(command=info)
     add_model(command)
     add_json(command)
 
-    command = commands.add_parser("labels", help="print the classes of a model, in their order")
+    command = commands.add_parser(
+        "labels",
+        help="print the classes of a model, in their order",
+        description="Print the classes of a model in the order of its output: index, WordNet id "
+        "where there is one, name.",
+    )
     command.set_defaults(command=labels)
     add_model(command)
     add_json(command)

@@ -6,16 +6,17 @@ other machine.
 """
 
 import argparse
+import functools
 import logging
+import os
 import signal
 import sys
 import time
 from collections.abc import Sequence
 
-from tinyserve.cli.arguments import whole
+from tinyserve.cli.arguments import add_device, port
 from tinyserve.demo.answers import device, loader
 from tinyserve.demo.page import build_page, options
-from tinyserve.devices import DEVICES
 from tinyserve.errors import TinyserveError, UsageError
 from tinyserve.modelfile import DEFAULT_MODEL
 
@@ -46,6 +47,7 @@ def serve(host: str, port: int, model: str, device_wanted: str | None) -> None:
     logging.getLogger("tinyserve").setLevel(logging.ERROR)
     runs_on = device(load(model))
     page = build_page([model], load)
+    _keep_from_proxies(host)
     try:
         _, url, _ = page.launch(
             server_name=host,
@@ -68,17 +70,30 @@ def serve(host: str, port: int, model: str, device_wanted: str | None) -> None:
         page.close(verbose=False)
 
 
-def _port(text: str) -> int:
-    number = whole(text)
-    if not 1 <= number <= 65_535:
-        raise argparse.ArgumentTypeError("must be from 1 to 65535")
-    return number
+def _keep_from_proxies(host: str) -> None:
+    """Gradio asks its own server whether it is up; that must not go through a proxy."""
+    names = ("no_proxy", "NO_PROXY")  # where both are set, the first is the one that counts
+    given = next(filter(None, map(os.environ.get, names)), None)
+    direct = ",".join(filter(None, (given, "localhost,127.0.0.1", host.strip("[]"))))
+    os.environ.update(dict.fromkeys(names, direct))
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description="The tinyserve demo page.")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
-    parser.add_argument("--port", type=_port, default=7860, help="port to listen on (%(default)s)")
-    parser.add_argument("--model", default=DEFAULT_MODEL, help="model shown first (%(default)s)")
-    parser.add_argument("--device", choices=DEVICES, help="$TINYSERVE_DEVICE or auto by default")
+    parser = argparse.ArgumentParser(
+        description="The tinyserve demo page.",
+        epilog="Exit codes: 0 ended by Ctrl-C or SIGTERM, 1 failed, 2 wrong usage, 4 the model is "
+        "not what it was, 5 the device asked for cannot run.",
+    )
+    add = parser.add_argument
+    add("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
+    # Gradio takes 0 for the port itself, and does not find its server there.
+    page_port = functools.partial(port, least=1)
+    add("--port", type=page_port, default=7860, help="port to listen on (default: %(default)s)")
+    add(
+        "-m",
+        "--model",
+        default=DEFAULT_MODEL,
+        help="name or .onnx file, shown first (default: %(default)s)",
+    )
+    add_device(parser)
     return parser

@@ -4,7 +4,6 @@ A file arrives as Gradio hands it over unprocessed: a mapping whose ``path`` say
 lies. Every function raises :class:`~tinyserve.errors.TinyserveError`.
 """
 
-import functools
 import itertools
 import os
 import threading
@@ -139,14 +138,14 @@ class Answers:
 def loader(device: str | None) -> Callable[[str], Classifier]:
     """What gives the classifier of a name, loaded when it is first asked for, and then kept."""
     loading = threading.Lock()
-
-    @functools.cache
-    def loaded(name: str) -> Classifier:
-        return Classifier(name, device=device)
+    loaded: dict[str, Classifier] = {}
 
     def load(name: str) -> Classifier:
-        with loading:  # two visitors may ask for it at a time
-            return loaded(name)
+        if name not in loaded:  # or who asks for another would wait for the one that loads
+            with loading:
+                if name not in loaded:  # two visitors may ask for it at a time
+                    loaded[name] = Classifier(name, device=device)
+        return loaded[name]
 
     return load
 

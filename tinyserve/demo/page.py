@@ -84,9 +84,7 @@ def options() -> dict[str, Any]:
 
 def _prepare_gradio() -> None:
     """Before it is imported: no telemetry, our own uploads. After: no fetching of addresses."""
-    # Gradio asks its own server whether it is up; that must not go through a proxy.
-    direct = ",".join(filter(None, (os.environ.get("NO_PROXY"), "localhost,127.0.0.1")))
-    os.environ.update(_ENVIRONMENT, NO_PROXY=direct)
+    os.environ.update(_ENVIRONMENT)
     if "gradio" not in sys.modules:  # or it would no longer find what it has put elsewhere
         _keep_uploads_apart()
     try:

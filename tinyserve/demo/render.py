@@ -28,9 +28,12 @@ _HEAT = np.array([(40, 10, 90), (140, 30, 120), (230, 75, 60), (255, 175, 40), (
 
 
 def names(predictions: Sequence[Prediction]) -> list[str]:
-    """Their names; classes that share one are told apart by their wnid."""
+    """Their names; classes that share one are told apart by their wnid, or by their place."""
     plain = [prediction.name for prediction in predictions]
-    return [p.name if plain.count(p.name) == 1 else f"{p.name} ({p.wnid})" for p in predictions]
+    return [
+        p.name if plain.count(p.name) == 1 else f"{p.name} ({p.wnid or f'class {p.index}'})"
+        for p in predictions
+    ]
 
 
 def bars(answer: Answer) -> str:
