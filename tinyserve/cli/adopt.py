@@ -25,7 +25,7 @@ def add_to(commands: Commands) -> None:
     ):
         add(name, type=numbers, metavar="R,G,B", required=True, help=f"{of}, in units of 0..1")
     add("--size", type=count, metavar="N", required=True, help="side of the images, in pixels")
-    add("-o", "--output", metavar="OUT.onnx", required=True, help="file, or folder, to write")
+    add("-o", "--output", metavar="OUT.onnx", required=True, help="model file to write")
 
 
 def adopt(arguments: argparse.Namespace) -> int:
