@@ -295,6 +295,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m training.export",
         description=__doc__,
+        epilog="Exit codes: 0 fine, 1 failed, 2 wrong usage, 4 a gate was not passed, "
+        "130 stopped by Ctrl-C.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
@@ -308,7 +310,9 @@ def _parser() -> argparse.ArgumentParser:
         help="folder to write to, default: %(default)s",
     )
     parser.add_argument(
-        "--precision", default="fp32", help=f"of {', '.join(BOUNDS)}, separated by commas"
+        "--precision",
+        default="fp32",
+        help=f"of {', '.join(BOUNDS)}, separated by commas; default: %(default)s",
     )
     parser.add_argument(
         "--views",
@@ -316,7 +320,7 @@ def _parser() -> argparse.ArgumentParser:
         choices=sorted(VIEWS),
         default=1,
         help="test-time augmentation: average this many views of an image: 2 mirrors it, 10 crops "
-        "the corners, too",
+        "the corners, too; default: %(default)s",
     )
     parser.add_argument("--data", type=Path, help="default: the data that the run was trained on")
     return parser

@@ -515,6 +515,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m training.fit",
         description=__doc__,
+        epilog="Exit codes: 0 fine, also where --time-limit ended it; 1 failed, 2 wrong usage, "
+        "130 stopped by Ctrl-C,\n143 by SIGTERM.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
@@ -526,28 +528,48 @@ def _parser() -> argparse.ArgumentParser:
         help="modern: made for a GPU (the default); paper: as in the paper, ten epochs; cpu: a few "
         "epochs on small images",
     )
-    add("--epochs", type=int, help="default: the recipe's, as for the next two")
-    add("--batch-size", "-b", type=int)
-    add("--lr", type=float, help="peak learning rate at this batch size")
+    add("--epochs", type=int, metavar="N", help="default: the recipe's")
+    add(
+        "--batch-size",
+        "-b",
+        type=int,
+        metavar="N",
+        help="of all processes together, default: the recipe's",
+    )
+    add("--lr", type=float, help="peak learning rate at this batch size, default: the recipe's")
     add(
         "--set",
         action="append",
         default=[],
         metavar="FIELD=JSON",
-        help="change any field of the recipe, such as label_smoothing=0 (may be repeated)",
+        help="change any field of the recipe, such as label_smoothing=0 (may be repeated); "
+        "training/recipes.py explains them",
     )
-    add("--show-recipe", action="store_true", help="print the recipe's fields as JSON, and end")
+    add(
+        "--show-recipe",
+        action="store_true",
+        help="print the fields of --arch's recipe as JSON, and end",
+    )
     add("--data", type=Path, help=f"default: {data.DEFAULT_ROOT}, downloaded if it is not there")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    add(
+        "--device",
+        choices=("auto", "cpu", "cuda"),
+        default="auto",
+        help="default: %(default)s, a GPU where there is one",
+    )
     add(
         "--precision",
         choices=("auto", *PRECISIONS),
         default="auto",
         help="auto: fp16 on a GPU, bf16 on CPUs that have it, otherwise fp32",
     )
-    add("--seed", type=int, default=0)
+    add("--seed", type=int, default=0, metavar="N", help="default: %(default)s")
     add("--out", "-o", type=Path, help="default: runs/<arch>-<recipe>")
-    add("--resume", action="store_true", help="go on with the run in --out")
+    add(
+        "--resume",
+        action="store_true",
+        help="go on with the run in --out: the other arguments as before",
+    )
     add("--limit-train", type=int, metavar="N", help="use only N training images")
     add(
         "--init",
@@ -564,7 +586,13 @@ def _parser() -> argparse.ArgumentParser:
         help="learn from this trained network, too (repeated: from the mean of several)",
     )
     add("--holdout", type=int, default=0, metavar="N", help="validate on N training images")
-    add("--image-size", type=int, default=64, help="side of stored images, default: %(default)s px")
+    add(
+        "--image-size",
+        type=int,
+        default=64,
+        metavar="N",
+        help="side of stored images, default: %(default)s px",
+    )
     add("--time-limit", type=float, metavar="SECONDS", help="stop then, for --resume to go on")
     add("--compile", action="store_true", help="use torch.compile: pays back in long runs on GPUs")
     add("--skip-bad", action="store_true", help="go on without images that cannot be read")

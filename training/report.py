@@ -400,10 +400,17 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m training.report",
         description=__doc__,
+        epilog="Exit codes: 0 fine, 1 failed, 2 wrong usage, 130 stopped by Ctrl-C.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("runs", type=Path, nargs="?", default=Path("docs/runs"), help="default: %(default)s")
+    add(
+        "runs",
+        type=Path,
+        nargs="?",
+        default=Path("docs/runs"),
+        help="folder of the runs' records, default: %(default)s",
+    )
     add(
         "--keep",
         type=Path,
@@ -412,8 +419,19 @@ def _parser() -> argparse.ArgumentParser:
         metavar="RUN",
         help="first copy the records of these finished runs there",
     )
-    add("--output", "-o", type=Path, default=Path("RESULTS.md"), help="default: %(default)s")
-    add("--figures", type=Path, default=Path("docs/figures"), help="default: %(default)s")
+    add(
+        "--output",
+        "-o",
+        type=Path,
+        default=Path("RESULTS.md"),
+        help="file to write, default: %(default)s",
+    )
+    add(
+        "--figures",
+        type=Path,
+        default=Path("docs/figures"),
+        help="folder for them, default: %(default)s",
+    )
     return parser
 
 
