@@ -43,7 +43,7 @@ from PIL import Image
 
 from tinyserve.classifier import Classifier
 from tinyserve.dataset import walk_images
-from tinyserve.devices import usable_cores
+from tinyserve.devices import cuda_problem, openvino_problem, usable_cores
 
 ROOT = Path(__file__).resolve().parent.parent
 PEERS = ROOT / "benchmarks" / "peers"
@@ -433,6 +433,8 @@ def main() -> None:
     add("--hf-python", default=sys.executable, help="with transformers and optimum-onnx")
     add("--json", type=Path, metavar="FILE", help="write all figures of all rounds here")
     arguments = parser.parse_args()
+    if cuda_problem() is None:  # the peers run on the CPU
+        os.environ.setdefault("TINYSERVE_DEVICE", "cpu" if openvino_problem() else "openvino")
     # On which device a model runs is in the tables.
     logging.getLogger("tinyserve").setLevel(logging.ERROR)
 

@@ -11,15 +11,16 @@
 # Groups of runs, then "--" and arguments for every run. A run that was stopped goes on. Of one that is
 # done the record is kept in docs/runs/ and RESULTS.md written again; it is not run a second time while
 # that record is there, and the runs that it is to teach are left out where its weights are gone. With
-# arguments of your own, all of that is in runs/other/ instead. TIME_LIMIT is in seconds, for all together.
-# RUNS, RECORDS, RESULTS and FIGURES name other places, PYTHON another interpreter.
+# arguments of your own, all of that is in a folder runs/other-* of theirs instead. A run that fails stops no
+# other; the exit code is then the last one's that failed. TIME_LIMIT is in seconds, for all together. RUNS,
+# RECORDS, RESULTS and FIGURES name other places, PYTHON another interpreter.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 groups=()
 while [ $# -gt 0 ] && [ "$1" != -- ]; do groups+=("$1"); shift; done
 [ $# -eq 0 ] || shift
-extra=("$@")
+extra=("$@") failed=0
 
 python=${PYTHON:-python}
 compile=() on_gpu=no
@@ -29,8 +30,9 @@ if [ ${#extra[@]} -eq 0 ]; then
     runs=${RUNS:-runs} records=${RECORDS:-docs/runs}
     results=${RESULTS:-RESULTS.md} figures=${FIGURES:-docs/figures}
 else  # a try, or another length: no rows for the tables of the real runs
-    runs=${RUNS:-runs/other} records=${RECORDS:-runs/other/records}
-    results=${RESULTS:-runs/other/RESULTS.md} figures=${FIGURES:-runs/other/figures}
+    other=runs/other-$(printf '%s\n' "${extra[@]}" | cksum | cut -d ' ' -f 1)
+    runs=${RUNS:-$other} records=${RECORDS:-$other/records}
+    results=${RESULTS:-$other/RESULTS.md} figures=${FIGURES:-$other/figures}
 fi
 
 # train NAME ARGUMENTS...: one run, in the time that is left.
@@ -53,7 +55,12 @@ train() {
             [ "$SECONDS" -lt "$TIME_LIMIT" ] || { echo "out of time before $name"; exit 0; }
             go_on+=(--time-limit $((TIME_LIMIT - SECONDS)))
         fi
-        "$python" -m training.fit "$@" "${extra[@]}" --out "$run" "${go_on[@]}"
+        "$python" -m training.fit "$@" "${extra[@]}" --out "$run" "${go_on[@]}" || {
+            failed=$?
+            [ "$failed" -lt 128 ] || exit "$failed"  # stopped by a signal, as all is meant to be
+            echo "$name failed with exit code $failed" >&2
+            return 0
+        }
         [ -e "$run/weights.pt" ] || { echo "out of time in $name: run this again to go on"; exit 0; }
     fi
     "$python" -m training.report "$records" --keep "$run" -o "$results" --figures "$figures" >/dev/null
@@ -93,9 +100,29 @@ precision() {
     done
 }
 
-# One ingredient of the modern recipe at a time, on images held out of train. A CPU core does a run in
-# ten minutes to an hour; on a GPU give "-- --epochs 15 --limit-train 95000 -b 512".
+# One ingredient of the modern recipe at a time, on images held out of train: on a GPU at the sizes of the
+# shipped network, elsewhere on small images, few of them, of which a CPU core does a run in ten minutes to
+# an hour.
 ablation() {
+    if [ $on_gpu = yes ]; then ablation_on_gpu; else ablation_on_cpu; fi
+}
+
+ablation_on_gpu() {
+    local base=(--holdout 5000 --arch resnet20 --epochs 15 --set 'sizes=[[0,48],[0.75,64]]')
+    train ablation-gpu-base "${base[@]}"
+    train ablation-gpu-no-shortcuts "${base[@]}" --arch plain20
+    train ablation-gpu-no-cutmix "${base[@]}" --set cutmix=0
+    train ablation-gpu-mixup "${base[@]}" --set cutmix=0 --set mixup=0.5
+    train ablation-gpu-no-averaging "${base[@]}" --set ema=null
+    train ablation-gpu-no-smoothing "${base[@]}" --set label_smoothing=0
+    train ablation-gpu-no-warmup "${base[@]}" --set warmup=0
+    train ablation-gpu-decay-everything "${base[@]}" --set decay_norms_and_biases=true
+    train ablation-gpu-plain-crops "${base[@]}" --set crop_area=null --set crop=56
+    train ablation-gpu-one-size "${base[@]}" --set 'sizes=[[0,64]]'
+    train ablation-gpu-distilled "${base[@]}" --set distill_once=true --teacher "$runs/ablation-gpu-base"
+}
+
+ablation_on_cpu() {
     local base=(--holdout 5000 --limit-train 20000 --batch-size 128 --set ema=0.99)
     local resnet=("${base[@]}" --arch resnet20 --epochs 5 --lr 0.1 --set 'sizes=[[0,16],[0.4,24]]')
     local bf16=("${resnet[@]}" --precision bf16) fp32=("${resnet[@]}" --precision fp32)
@@ -137,3 +164,4 @@ for group in "${groups[@]}"; do
 done
 [ "${#groups[@]}" -gt 0 ] || { echo "name groups of runs: modern, paper, paper5, precision, ablation" >&2; exit 2; }
 for group in "${groups[@]}"; do "$group"; done
+exit "$failed"

@@ -162,7 +162,7 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true")
     arguments = parser.parse_args()
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = hardware.device("auto")
     if device.type == "cpu":
         hardware.keep_freed_memory()
     recipe = RECIPES["modern" if device.type == "cuda" else "cpu"](arguments.arch)

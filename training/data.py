@@ -448,6 +448,7 @@ def _fingerprint(root: Path, files: Iterable[tuple[str, int]], *, with_time: boo
             size, time = status.st_size, status.st_mtime_ns if with_time else 0
         except OSError:  # a link to nothing; decoding says so
             size, time = -1, 0
-        line = f"{os.path.relpath(path, root)}\t{label}\t{size}\t{time}\n"
+        name = os.path.relpath(path, root).replace(os.sep, "/")
+        line = f"{name}\t{label}\t{size}\t{time}\n"
         digest.update(line.encode("utf-8", "surrogateescape"))
     return digest.hexdigest()

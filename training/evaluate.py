@@ -163,20 +163,19 @@ def centre_accuracy(
     size: int,
     precision: torch.dtype,
 ) -> Score:
-    """Accuracy on the centre ``crop`` x ``crop`` of the images, resampled to ``size`` x ``size``,
-    under autocast."""
+    """Accuracy on the centre ``crop`` x ``crop`` of the images, resampled to ``size`` x ``size``;
+    the network, and it alone, under autocast, as in training."""
     device = images.device
     counter = _Counter(device)
     network.eval()
-    with (
-        torch.inference_mode(),
-        hardware.autocast(device, precision),
-    ):
+    with torch.inference_mode():
         for indices in _batches(labels, size):
             planes = augment.normalise(images[indices], mean, std)
             count, _, height, width = planes.shape
             boxes = augment.centre_crops(count, height, width, crop, device)
-            logits = network(augment.extract(planes, boxes, size))
+            x = augment.extract(planes, boxes, size)
+            with hardware.autocast(device, precision):
+                logits = network(x)
             counter.add(logits.float().log_softmax(dim=1), labels[indices])
     return counter.score()
 

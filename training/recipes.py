@@ -241,9 +241,9 @@ def _as_tuples(value: Any) -> Any:
 def paper(arch: str) -> Recipe:
     """The paper's recipe: SGD, a cosine that restarts every epoch, 56 px random crops and flips.
 
-    An epoch is once through the training images here. The paper does not say so of its own, and
-    took longer for ten than for so little: ``epochs=50`` with ``restart_epochs=5`` has its ten
-    cosines, each five times through the images.
+    An epoch is once through the training images here. The paper does not say what its epochs are;
+    its hours suggest about five times through each: ``epochs=50`` with ``restart_epochs=5`` has its
+    ten cosines, each five times through the images.
 
     Deviations: ``a`` is 0.1 as in the paper for inception and resnet20, but 0.05 for alexnet and
     baseline, whose large layers without batch norm do not get far, or diverge, at 0.1. Pixels are
@@ -272,7 +272,8 @@ _MODERN_CUTMIX = {"baseline": 0.0, "alexnet": 0.5, "inception": 0.0, "resnet20":
 
 
 def modern(arch: str) -> Recipe:
-    """Warm-up and one cosine, Nesterov momentum, random-resized crops, CutMix, averaged weights.
+    """Warm-up and one cosine, Nesterov momentum, random-resized crops, averaged weights; CutMix for
+    alexnet and resnet20.
 
     Inception, a tenth of the others' size, is held back by regularisation rather than helped.
 

@@ -46,7 +46,8 @@ class Trainer:
 
     The images stay on ``device`` as uint8 ``[n, H, W, 3]``; a batch is cropped, flipped, normalised
     and mixed there. Where several processes train together, each computes its share of every batch,
-    and all of them call every method here at the same step.
+    and all of them call every method here at the same step. They train what one would alone, but
+    for batch norm, which sees a share, and dropout and mixing, which draw for each share.
 
     The run learns from ``teachers``, which are asked at every step, or from ``answers`` that they
     gave before, see :func:`training.distill.kept_answers`.
@@ -90,7 +91,8 @@ class Trainer:
                 "processes: choose a multiple with --batch-size"
             )
         if self.batch_size // workers.count == 1:
-            raise UsageError("a batch must have at least 2 images, batch norm needs them")
+            each = "a batch" if workers.count == 1 else "each process's part of a batch"
+            raise UsageError(f"{each} must have at least 2 images, batch norm needs them")
         self.steps_per_epoch = len(self.subset) // self.batch_size
         self.steps = recipe.epochs * self.steps_per_epoch
         self.mean, self.std = pixel_statistics(
@@ -353,6 +355,7 @@ class Trainer:
         if answers is not None:
             known = torch.cat([known, answers], dim=1)
         x, known = mix(x, known)
+        x = x.contiguous(memory_format=torch.channels_last)  # which MixUp loses on GPUs
         targets = known[:, : self.classes]
         return x, targets, None if answers is None else known[:, self.classes :]
 

@@ -72,10 +72,25 @@ def test_runs_whose_teachers_weights_are_gone_are_left_out_aloud(tmp_path):
 
 def test_runs_with_arguments_of_ones_own_are_kept_apart(tmp_path):
     script = ROOT / "benchmarks" / "train_all.sh"
-    for more, folder in (([], "runs"), (["--", "--epochs", "1"], "runs/other")):
+    folders = set()
+    for more in ([], ["--", "--epochs", "1"], ["--", "--epochs", "2"]):
         found = run([script, "paper", *more], PYTHON="echo", RECORDS=str(tmp_path))
         assert found.returncode == 0
-        assert f"--out {folder}/resnet20-paper" in found.stdout
+        folders |= set(re.findall(r"--out (\S+)/resnet20-paper", found.stdout))
+    assert len(folders) == 3
+    assert "runs" in folders
+
+
+def test_a_run_that_fails_stops_no_other(tmp_path):
+    places = {"RUNS": str(tmp_path), "RECORDS": str(tmp_path), "PYTHON": str(tmp_path / "python")}
+    script = ROOT / "benchmarks" / "train_all.sh"
+    for code, names in ((3, ["resnet20", "inception", "alexnet", "baseline"]), (130, ["resnet20"])):
+        stub = f'#!/bin/sh\n[ "$2" = training.fit ] || exit 1\necho "$@"\nexit {code}\n'
+        (tmp_path / "python").write_text(stub)
+        (tmp_path / "python").chmod(0o755)
+        found = run([script, "paper"], **places)
+        assert found.returncode == code
+        assert re.findall(r"--arch (\w+)", found.stdout) == names
 
 
 def test_groups_of_runs_are_named():
