@@ -1,6 +1,8 @@
 """What the page says, without a page: Gradio is not needed here."""
 
 import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +10,7 @@ import pytest
 
 from tinyserve import Classifier, Prediction
 from tinyserve.demo import render
-from tinyserve.demo.answers import Answer, Answers
+from tinyserve.demo.answers import Answer, Answers, loader
 from tinyserve.errors import ImageError, ModelFileError, UsageError
 
 
@@ -61,6 +63,41 @@ def test_says_how_far_the_models_agree(guesses, words):
     assert words in table
     expected = max(guesses.count(name) for name in guesses)
     assert table.count("✓") == (expected if expected > 1 else 0)
+
+
+def test_classes_of_one_name_are_told_apart():
+    found = [
+        Prediction(134, "n02012849", "crane", 0.5),
+        Prediction(517, "n03126707", "crane", 0.2),
+        Prediction(3, None, "cat", 0.1),
+        Prediction(4, None, "cat", 0.1),
+        Prediction(5, None, "dog", 0.1),
+    ]
+    expected = ["crane (n02012849)", "crane (n03126707)", "cat (class 3)", "cat (class 4)", "dog"]
+    assert render.names(found) == expected
+
+
+def test_a_loaded_model_waits_for_no_other(monkeypatch):
+    begun, may_end, loads = threading.Event(), threading.Event(), []
+
+    def slow(name: str, device: str | None) -> str:
+        loads.append(name)
+        if name == "slow":
+            begun.set()
+            assert may_end.wait(60)
+        return f"{name} on {device}"
+
+    monkeypatch.setattr("tinyserve.demo.answers.Classifier", slow)
+    load = loader("cpu")
+    load("loaded")
+    with ThreadPoolExecutor(2) as pool:
+        both = [pool.submit(load, "slow") for _ in range(2)]
+        assert begun.wait(60)
+        assert load("loaded") == "loaded on cpu"
+        assert not any(future.done() for future in both)
+        may_end.set()
+        assert {future.result() for future in both} == {"slow on cpu"}
+    assert loads == ["loaded", "slow"]  # of two who ask at a time, one
 
 
 def test_names_are_escaped():

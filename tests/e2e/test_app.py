@@ -399,6 +399,14 @@ def test_an_end_during_a_job_leaves_no_uploads(command: str, ended_by: int, tmp_
         wait_for(lambda: job.status().code.name == "PROCESSING")
 
 
+@pytest.mark.slow
+def test_starts_where_a_proxy_is_set_up(tmp_path: Path) -> None:
+    nowhere = "http://127.0.0.1:9"
+    variables = {"http_proxy": nowhere, "HTTP_PROXY": nowhere, "no_proxy": "intranet.example"}
+    with started("app.py", tmp_path, **variables) as server:
+        assert server.start_errors == ""
+
+
 def test_start_is_quiet(server: Server) -> None:
     url, line = server.stdout.read_text().splitlines()
     assert url == server.url
