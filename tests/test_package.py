@@ -22,7 +22,8 @@ def run(code: str) -> subprocess.CompletedProcess:
 
 
 def test_public_names():
-    assert tinyserve.__all__ == ["Classifier", "Prediction", "Result", "TinyserveError"]
+    names = ["Classifier", "Prediction", "Result", "TinyserveError", "find_inputs"]
+    assert tinyserve.__all__ == names
     assert all(hasattr(tinyserve, name) for name in tinyserve.__all__)
 
 

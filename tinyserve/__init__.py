@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 from tinyserve.classifier import Classifier, Prediction, Result
+from tinyserve.dataset import find_inputs
 from tinyserve.errors import TinyserveError
 
-__all__ = ["Classifier", "Prediction", "Result", "TinyserveError"]
+__all__ = ["Classifier", "Prediction", "Result", "TinyserveError", "find_inputs"]
 
 __version__: str
 

@@ -139,6 +139,8 @@ class Classifier:
     ) -> Generator[Result, None, None]:
         """One :class:`Result` for every input, in order, while they come; memory stays constant.
 
+        Paths are those of image files; :func:`~tinyserve.dataset.find_inputs` gives what is in
+        folders, archives and URIs, with its labels.
         An unusable image gets a result that says so and leaves its neighbours alone. As many
         batches as the engine has streams run at a time, while another is decoded. Unless
         ``batch_size`` is given, batches grow from :data:`FIRST_BATCH` images to
