@@ -14,8 +14,8 @@ import pytest
 from PIL import Image
 
 from tinyserve.classifier import Classifier
+from tinyserve.cli import _parser, main
 from tinyserve.cli import classify as classify_command
-from tinyserve.cli import main
 from tinyserve.devices import openvino_problem
 from tinyserve.modelfile import find_model
 
@@ -343,6 +343,15 @@ def test_help_says_what_the_command_does(command):
     run = tinyserve(*command, "--help")
     assert run.returncode == 0
     assert run.stdout.startswith("usage: tinyserve")
+
+
+@pytest.mark.parametrize("command", [["serve"], ["bench"], ["triton", "repository"]])
+def test_several_models_are_named_with_commas_or_one_by_one(command, tmp_path):
+    path = tmp_path / "ours, and theirs.onnx"
+    path.touch()
+    given = ("-m", "baseline,inception", "-m", str(path), "-m", "resnet20")
+    models = _parser(command[0]).parse_args([*command, *given]).model
+    assert models == ["baseline", "inception", str(path), "resnet20"]
 
 
 def test_a_job_that_is_not_listed_to_its_end_gets_all_the_workers(samples, monkeypatch, tmp_path):

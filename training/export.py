@@ -295,8 +295,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m training.export",
         description=__doc__,
-        epilog="Exit codes: 0 fine, 1 failed, 2 wrong usage, 4 a gate was not passed, "
-        "130 stopped by Ctrl-C.",
+        epilog="Exit codes: 0 fine, 1 failed, 2 wrong usage, 4 a gate was not passed, or a file\n"
+        "is not what it was, 5 a device cannot run the file, 130 stopped by Ctrl-C.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
@@ -307,12 +307,13 @@ def _parser() -> argparse.ArgumentParser:
         "--output",
         type=Path,
         default=Path("models"),
-        help="folder to write to, default: %(default)s",
+        metavar="DIR",
+        help="folder to write to (default: %(default)s)",
     )
     parser.add_argument(
         "--precision",
         default="fp32",
-        help=f"of {', '.join(BOUNDS)}, separated by commas; default: %(default)s",
+        help=f"of {', '.join(BOUNDS)}, or several with commas (default: %(default)s)",
     )
     parser.add_argument(
         "--views",
@@ -320,9 +321,11 @@ def _parser() -> argparse.ArgumentParser:
         choices=sorted(VIEWS),
         default=1,
         help="test-time augmentation: average this many views of an image: 2 mirrors it, 10 crops "
-        "the corners, too; default: %(default)s",
+        "the corners, too (default: %(default)s)",
     )
-    parser.add_argument("--data", type=Path, help="default: the data that the run was trained on")
+    parser.add_argument(
+        "--data", type=Path, metavar="DIR", help="default: the data that the run was trained on"
+    )
     return parser
 
 

@@ -515,8 +515,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m training.fit",
         description=__doc__,
-        epilog="Exit codes: 0 fine, also where --time-limit ended it; 1 failed, 2 wrong usage, "
-        "130 stopped by Ctrl-C,\n143 by SIGTERM.",
+        epilog="Exit codes: 0 fine, also where --time-limit ended it; 1 failed, 2 wrong usage, 4\n"
+        "a teacher's file is not what it was, 5 the device asked for cannot run, 130 stopped by\n"
+        "Ctrl-C, 143 by SIGTERM.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
@@ -528,15 +529,20 @@ def _parser() -> argparse.ArgumentParser:
         help="modern: made for a GPU (the default); paper: as in the paper, ten epochs; cpu: a few "
         "epochs on small images",
     )
-    add("--epochs", type=int, metavar="N", help="default: the recipe's")
+    add("--epochs", type=int, metavar="N", help="passes over all images (default: the recipe's)")
     add(
         "--batch-size",
         "-b",
         type=int,
         metavar="N",
-        help="of all processes together, default: the recipe's",
+        help="images a step, of all processes together (default: the recipe's)",
     )
-    add("--lr", type=float, help="peak learning rate at this batch size, default: the recipe's")
+    add(
+        "--lr",
+        type=float,
+        metavar="RATE",
+        help="peak learning rate at this batch size (default: the recipe's)",
+    )
     add(
         "--set",
         action="append",
@@ -550,7 +556,12 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="print the fields of --arch's recipe as JSON, and end",
     )
-    add("--data", type=Path, help=f"default: {data.DEFAULT_ROOT}, downloaded if it is not there")
+    add(
+        "--data",
+        type=Path,
+        metavar="DIR",
+        help=f"default: {data.DEFAULT_ROOT}, downloaded if it is not there",
+    )
     add(
         "--device",
         choices=("auto", "cpu", "cuda"),
@@ -561,10 +572,16 @@ def _parser() -> argparse.ArgumentParser:
         "--precision",
         choices=("auto", *PRECISIONS),
         default="auto",
-        help="auto: fp16 on a GPU, bf16 on CPUs that have it, otherwise fp32",
+        help="default: %(default)s, fp16 on a GPU, bf16 on CPUs that have it, otherwise fp32",
     )
-    add("--seed", type=int, default=0, metavar="N", help="default: %(default)s")
-    add("--out", "-o", type=Path, help="default: runs/<arch>-<recipe>")
+    add(
+        "--seed",
+        type=int,
+        default=0,
+        metavar="N",
+        help="of all that is random (default: %(default)s)",
+    )
+    add("--out", "-o", type=Path, metavar="DIR", help="default: runs/<arch>-<recipe>")
     add(
         "--resume",
         action="store_true",
@@ -591,7 +608,7 @@ def _parser() -> argparse.ArgumentParser:
         type=int,
         default=64,
         metavar="N",
-        help="side of stored images, default: %(default)s px",
+        help="side of stored images, in pixels (default: %(default)s)",
     )
     add("--time-limit", type=float, metavar="SECONDS", help="stop then, for --resume to go on")
     add("--compile", action="store_true", help="use torch.compile: pays back in long runs on GPUs")

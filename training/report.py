@@ -409,7 +409,8 @@ def _parser() -> argparse.ArgumentParser:
         type=Path,
         nargs="?",
         default=Path("docs/runs"),
-        help="folder of the runs' records, default: %(default)s",
+        metavar="DIR",
+        help="folder of the runs' records (default: %(default)s)",
     )
     add(
         "--keep",
@@ -424,13 +425,15 @@ def _parser() -> argparse.ArgumentParser:
         "-o",
         type=Path,
         default=Path("RESULTS.md"),
-        help="file to write, default: %(default)s",
+        metavar="FILE",
+        help="file to write (default: %(default)s)",
     )
     add(
         "--figures",
         type=Path,
         default=Path("docs/figures"),
-        help="folder for them, default: %(default)s",
+        metavar="DIR",
+        help="folder of its figures (default: %(default)s)",
     )
     return parser
 

@@ -418,6 +418,7 @@ def test_start_is_quiet(server: Server) -> None:
     ("options", "before", "code", "words"),
     [
         (["--model", "nope"], "", 1, "unknown model 'nope'"),
+        (["-m", "nope"], "", 1, "unknown model 'nope'"),
         (["--port", "{taken}"], "", 2, "cannot listen on 127.0.0.1 port"),
         ([], "sys.modules['gradio'] = None", 2, "pip install 'tinyserve[demo]'"),
         (
@@ -434,7 +435,7 @@ def test_start_is_quiet(server: Server) -> None:
             "no folder for uploads: [Errno 2] No usable temporary directory found",
         ),
     ],
-    ids=["model", "port", "gradio", "uploads", "read-only"],
+    ids=["model", "m", "port", "gradio", "uploads", "read-only"],
 )
 def test_failed_start_is_one_line(
     options: Sequence[str], before: str, code: int, words: str

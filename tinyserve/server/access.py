@@ -12,7 +12,7 @@ from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from tinyserve.errors import UsageError
+from tinyserve.errors import UsageError, os_reason
 from tinyserve.server import log
 from tinyserve.server.metrics import OTHER
 from tinyserve.server.service import Service
@@ -92,7 +92,7 @@ def read_keys(path: Path) -> list[bytes]:
         # Windows' editors put a mark before the first.
         content = path.read_bytes().removeprefix(codecs.BOM_UTF8)
     except OSError as error:
-        raise UsageError(f"cannot read {path}: {error.strerror}") from error
+        raise UsageError(f"cannot read {path}: {os_reason(error)}") from error
     keys = [key for line in content.splitlines() if (key := line.strip())]
     if not keys:
         raise UsageError(f"{path} holds no key")
