@@ -60,7 +60,8 @@ class OnnxRuntimeSession:
     def __init__(
         self, path: Path, device: str, *, threads: int, streams: int = 1, strict: bool = True
     ) -> None:
-        options = session_options(max(1, threads // streams))
+        each = max(1, threads // streams)
+        options = session_options(each, seven_bits=True)
         # What is in the file has to be known before it is opened to run on a GPU.
         card = None if device == "cpu" else read_unprepared(path)
         providers = execution_providers(device, card.precision if card else "fp32")
@@ -82,6 +83,11 @@ class OnnxRuntimeSession:
         if strict and self.provider != providers[0][0]:
             raise DeviceError(f"device {device} cannot run: ONNX Runtime chose {self.provider}")
         self.card = card or _card(path, self._session)
+        if device == "cpu" and self.card.training is None and not sums_bytes_exactly():
+            # Weights of our own export have 7 bits, and starting is quicker without looking at them;
+            # those of others may have 8.
+            options = session_options(each)
+            self._session = open_session()
         self._batches: BoundBatches | None = None
         if self.provider == CUDA:
             sessions = chain([self._session], iter(open_session, None))
@@ -95,15 +101,18 @@ class OnnxRuntimeSession:
         return np.asarray(probabilities)
 
 
-def session_options(threads: int) -> ort.SessionOptions:
-    """How models are run on the CPU, with so many threads."""
+def session_options(threads: int, *, seven_bits: bool = False) -> ort.SessionOptions:
+    """How models are run on the CPU, with so many threads.
+
+    ``seven_bits`` says that weights of 8 bits use no more than 7 of them.
+    """
     options = ort.SessionOptions()
     options.log_severity_level = _ERRORS_ONLY
     options.intra_op_num_threads = threads
     # Threads that wait by spinning take the cores from whatever else runs: another model, decoding,
     # another process. On two cores the 8-bit models are a third slower with it, even alone.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    if not sums_bytes_exactly():
+    if not seven_bits and not sums_bytes_exactly():
         # Products of 8 bits are added up in 16, which overflow, unless ONNX Runtime makes unsigned
         # weights of signed ones, which is slower. It does so where they have more than 7 bits; to
         # look for these takes a tenth of a second or two.
