@@ -84,8 +84,8 @@ class OnnxRuntimeSession:
             raise DeviceError(f"device {device} cannot run: ONNX Runtime chose {self.provider}")
         self.card = card or _card(path, self._session)
         if device == "cpu" and self.card.training is None and not sums_bytes_exactly():
-            # Weights of our own export have 7 bits, and starting is quicker without looking at them;
-            # those of others may have 8.
+            # Weights of our own export have 7 bits, and are not looked through, which takes longer
+            # than all else at the start; those of others may have 8.
             options = session_options(each)
             self._session = open_session()
         self._batches: BoundBatches | None = None
