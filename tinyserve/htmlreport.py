@@ -14,6 +14,7 @@ from tinyserve.dataset import Input, version_of
 from tinyserve.devices import device_name
 from tinyserve.errors import ImageError, OutputError, os_reason
 from tinyserve.files import candidate
+from tinyserve.report import counted
 from tinyserve.statistics import (
     PICTURE_SIZE,
     ClassRow,
@@ -59,7 +60,7 @@ def page(report: Report) -> str:
     summary = report.summary
     created = datetime.fromisoformat(report.created)
     return Template(_TEMPLATE.read_text(encoding="utf-8")).substitute(
-        title=escape(f"{summary.model}: {_count(summary.inputs, 'image')}"),
+        title=escape(f"{summary.model}: {counted(summary.inputs, 'image')}"),
         created=escape(report.created),
         date=f"{created.day} {created:%B %Y, %H:%M} UTC",
         heading=escape(summary.model),
@@ -113,8 +114,8 @@ def _lede(report: Report) -> str:
     summary = report.summary
     device = f"{escape(summary.precision)} on {escape(device_name(summary.provider))}"
     named = ", ".join(f"<code>{escape(path)}</code>" for path in report.paths[:3])
-    more = f" and {_count(len(report.paths) - 3, 'more path')}" if len(report.paths) > 3 else ""
-    return f"{device}, {_count(summary.inputs, 'image')} from {named}{more}."
+    more = f" and {counted(len(report.paths) - 3, 'more path')}" if len(report.paths) > 3 else ""
+    return f"{device}, {counted(summary.inputs, 'image')} from {named}{more}."
 
 
 def _tiles(report: Report) -> str:
@@ -188,7 +189,7 @@ def _reliability_figure(bins: Sequence[ReliabilityBin], error: float) -> str:
         low, high = part.accuracy_ci95
         line.append(f"{x:.1f},{y:.1f}")
         dots.append(
-            f"<g><title>{_range(part.low, part.high)}: {_count(part.images, 'image')}, mean "
+            f"<g><title>{_range(part.low, part.high)}: {counted(part.images, 'image')}, mean "
             f"confidence {_percent(part.confidence)}, accuracy {_percent(part.accuracy)}</title>"
             f'<path class="gap" d="M{x:.1f} {_y(part.confidence):.1f}V{y:.1f}"/>'
             f'<path class="whisker" d="M{x:.1f} {_y(low):.1f}V{_y(high):.1f}"/>'
@@ -238,7 +239,7 @@ def _histogram_figure(bins: Sequence[HistogramBin], threshold: float | None) -> 
             colour = f"fill-{'none' if kind == 'unlabelled' else kind}"
             rectangles.append(_rectangle(x, width, stacked / top, (stacked + count) / top, colour))
             stacked += count
-        title = f"{_range(part.low, part.high)}: {_count(total, 'image')}"
+        title = f"{_range(part.low, part.high)}: {counted(total, 'image')}"
         marks.append(f"<g><title>{title}</title>{''.join(rectangles)}</g>")
     words = "How many images were answered with which confidence."
     if threshold is not None:
@@ -440,7 +441,7 @@ def _figures_table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> st
 
 def _failures(report: Report) -> str:
     shown, failed = len(report.failures), report.summary.failed
-    about = f"{_count(failed, 'input')} could not be used"
+    about = f"{counted(failed, 'input')} could not be used"
     about += "." if shown == failed else f"; these are the first {shown:,}."
     if report.summary.labelled:
         about += " Those with a label count as wrong."
@@ -506,10 +507,6 @@ def _range(low: float, high: float) -> str:
 def _ci(row: ClassRow) -> str:
     low, high = row.accuracy_ci95 or (0, 1)
     return f"{100 * low:.0f} to {100 * high:.0f} %"
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def _cannot_write(path: Path, error: OSError) -> OutputError:

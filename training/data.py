@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from tinyserve import images, kept
 from tinyserve.dataset import ANNOTATIONS, no_images, read_annotations, walk_images
-from tinyserve.errors import DataError, ImageError
+from tinyserve.errors import DataError, ImageError, os_reason
 from tinyserve.files import candidate
 from tinyserve.images import is_image_name
 from tinyserve.modelfile import HELD_OUT, Label
@@ -357,7 +357,7 @@ def _decode_split(
                 bad_path.write_text(json.dumps(bad))
         except OSError as error:
             raise DataError(
-                f"cannot keep the decoded images in {folder}: {error.strerror or error}"
+                f"cannot keep the decoded images in {folder}: {os_reason(error)}"
             ) from error
     pixels: Pixels = np.load(array_path, mmap_mode="c")  # torch wants it writable
     labels = np.array([label for _, label in files], dtype=np.int64)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from tinyserve.engine import Engine
-from tinyserve.errors import DataError, UsageError
+from tinyserve.errors import DataError, UsageError, os_reason
 from tinyserve.files import candidate
 from tinyserve.modelfile import Label
 from training import data, hardware, pretrained
@@ -139,7 +139,7 @@ def kept_answers(sources: Sequence[Source], dataset: data.Dataset, temperature: 
                 np.save(file, _ask(sources, images, temperature).numpy())
         except OSError as error:
             raise DataError(
-                f"cannot keep the teacher's answers in {path.parent}: {error.strerror or error}"
+                f"cannot keep the teacher's answers in {path.parent}: {os_reason(error)}"
             ) from error
     return torch.from_numpy(np.load(path, mmap_mode="c"))
 

@@ -31,6 +31,7 @@ from tinyserve.errors import (
     TinyserveError,
     UsageError,
     describe_os_error,
+    os_reason,
 )
 from tinyserve.files import candidate
 from tinyserve.modelfile import (
@@ -134,7 +135,7 @@ def export(
             _write_through(gate, path, converted, card, calibrator)
             paths.append(path)
     except OSError as error:
-        raise UsageError(f"cannot write into {output}: {error.strerror or error}") from error
+        raise UsageError(f"cannot write into {output}: {os_reason(error)}") from error
     finally:
         if paths:
             _warn_of_others(weights, views, output, paths)

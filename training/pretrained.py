@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tinyserve.engine import read_card
-from tinyserve.errors import CheckpointError, ModelFileError
+from tinyserve.errors import CheckpointError, ModelFileError, os_reason
 from tinyserve.modelfile import Label
 from training import checkpoint
 from training.models import ARCHS, is_auxiliary
@@ -138,7 +138,7 @@ def identify(path: Path) -> str:
         with file.open("rb") as stream:
             return f"{path.name} {hashlib.file_digest(stream, 'sha256').hexdigest()}"
     except OSError as error:
-        raise CheckpointError(f"cannot read {file}: {error.strerror}") from error
+        raise CheckpointError(f"cannot read {file}: {os_reason(error)}") from error
 
 
 def _unfold(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor] | None:

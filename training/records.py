@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tinyserve.errors import CheckpointError, UsageError
+from tinyserve.errors import CheckpointError, UsageError, os_reason
 from training.data import DEFAULT_ROOT
 from training.recipes import Recipe, learning_rate, paper
 
@@ -266,7 +266,7 @@ def _reading(path: Path) -> Iterator[str]:
     try:
         yield path.read_text(encoding="utf-8")
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
+        raise CheckpointError(f"{path} cannot be read: {os_reason(error)}") from error
     except KeyError as error:
         raise CheckpointError(f"{path} is damaged: it has no {error}") from error
     except (ArithmeticError, AttributeError, TypeError, ValueError, csv.Error) as error:

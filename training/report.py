@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from tinyserve.errors import TinyserveError, UsageError, describe_os_error
+from tinyserve.errors import TinyserveError, UsageError, describe_os_error, os_reason
 from tinyserve.files import candidate
 from tinyserve.report import wilson_interval
 from training.data import DEFAULT_ROOT
@@ -70,7 +70,7 @@ def write(source: Path, output: Path, figures: Path) -> list[Path]:
         with candidate(output) as hidden:
             hidden.write_text(text, encoding="utf-8")
     except OSError as error:
-        raise UsageError(f"cannot write {error.filename or output}: {error.strerror}") from error
+        raise UsageError(f"cannot write {error.filename or output}: {os_reason(error)}") from error
     return [output, *album.paths]
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from tinyserve.devices import usable_cores
-from tinyserve.errors import UsageError
+from tinyserve.errors import UsageError, os_reason
 from tinyserve.files import held
 from training import checkpoint, hardware
 from training.data import Dataset
@@ -161,7 +161,7 @@ def opened(
         if not resume:
             folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UsageError(f"cannot make the folder {folder}: {error.strerror}") from error
+        raise UsageError(f"cannot make the folder {folder}: {os_reason(error)}") from error
     with held(folder) if workers.first and folder.is_dir() else nullcontext(True) as alone:
         if not alone:
             raise UsageError(f"another process is training in {folder}: --out names another folder")

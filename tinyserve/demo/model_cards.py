@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tinyserve.classifier import Classifier
-from tinyserve.demo.render import count, problem, seen_words, share_bar
+from tinyserve.demo.render import problem, seen_words, share_bar
 from tinyserve.devices import device_name
 from tinyserve.engine import read_card
 from tinyserve.errors import TinyserveError
 from tinyserve.modelfile import Evidence, ModelCard, Training, installed_models
+from tinyserve.report import counted
 
 if TYPE_CHECKING:
     import gradio as gr
@@ -85,7 +86,7 @@ def _accuracy(card: ModelCard) -> str:
 def _training(training: Training) -> str:
     return (
         f"{training.train_images:,} images of {training.dataset}, recipe {training.recipe}, "
-        f"{count(training.epochs, 'epoch')}"
+        f"{counted(training.epochs, 'epoch')}"
     )
 
 

@@ -14,7 +14,7 @@ from tinyserve.classifier import Prediction
 from tinyserve.demo.answers import Answer
 from tinyserve.modelfile import ModelCard
 from tinyserve.occlusion import Occlusion
-from tinyserve.report import Summary
+from tinyserve.report import Summary, counted
 
 SHOWN_SIDE = 512
 """Side in pixels up to which :func:`enlarged` and :func:`overlay` enlarge."""
@@ -121,7 +121,7 @@ def overlay(image: NDArray[np.uint8], heat: NDArray[np.float32]) -> Image.Image:
 def totals(summary: Summary) -> str:
     """A job in a line or two, accuracy with its interval."""
     words = (
-        f"<strong>{count(summary.inputs, 'picture')}</strong> in {summary.seconds:.1f} s, "
+        f"<strong>{counted(summary.inputs, 'picture')}</strong> in {summary.seconds:.1f} s, "
         f"{summary.images_per_second:.0f} a second"
     )
     if summary.failed:
@@ -132,8 +132,8 @@ def totals(summary: Summary) -> str:
     return (
         f"<p>{words}.</p><dl><div><dt>top-1</dt><dd>{percent(summary.top1)}</dd></div>"
         f"<div><dt>top-5</dt><dd>{percent(summary.top5)}</dd></div></dl>"
-        f'<p class="note">Of {count(summary.labelled, "labelled picture")}; 95 % interval of top-1 '
-        f"{100 * low:.1f} to {percent(high)}. What cannot be read counts as wrong.</p>"
+        f'<p class="note">Of {counted(summary.labelled, "labelled picture")}; 95 % interval of '
+        f"top-1 {100 * low:.1f} to {percent(high)}. What cannot be read counts as wrong.</p>"
     )
 
 
@@ -178,7 +178,3 @@ def share_bar(fraction: float) -> str:
 
 def percent(fraction: float) -> str:
     return f"{100 * fraction:.1f}\N{NO-BREAK SPACE}%"
-
-
-def count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
