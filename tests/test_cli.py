@@ -1,6 +1,7 @@
 """The commands as users run them: real processes, their output and exit codes."""
 
 import csv
+import dataclasses
 import io
 import json
 import os
@@ -17,7 +18,8 @@ from tinyserve.classifier import Classifier
 from tinyserve.cli import _parser, main
 from tinyserve.cli import classify as classify_command
 from tinyserve.devices import openvino_problem
-from tinyserve.modelfile import find_model
+from tinyserve.engine import read_card
+from tinyserve.modelfile import TaughtBy, find_model, write_model
 
 
 def tinyserve(*arguments, **environment) -> subprocess.CompletedProcess:
@@ -303,6 +305,29 @@ def test_info_prints_the_card():
     text = tinyserve("info", "inception").stdout
     assert "uint8 [batch, 64, 64, 3]" in text
     assert f"{document['parameters']:,} parameters" in text
+
+
+def test_info_and_the_page_tell_where_weights_came_from(tmp_path):
+    pytest.importorskip("gradio")
+    from tinyserve.demo import model_cards
+
+    taught = find_model("inception")
+    card = read_card(taught)
+    teachers = (
+        TaughtBy(name="big.onnx 1f2e", architecture="resnet20", training=card.training),
+        TaughtBy(name="mine.onnx 3d4c", architecture="other", training=None),
+    )
+    training = dataclasses.replace(card.training, initial=card.training, teachers=teachers)
+    path = tmp_path / "taught.onnx"
+    graph = taught.read_bytes()[: card.graph_bytes]
+    write_model(path, graph, dataclasses.replace(card, training=training))
+    lines = tinyserve("info", path).stdout.splitlines()
+    found = [line.split(maxsplit=2)[2] for line in lines if line.startswith("taught by")]
+    assert found[0].startswith("resnet20, big.onnx 1f2e, trained on tiny-imagenet-200, recipe ")
+    assert found[1] == "other, mine.onnx 3d4c"
+    article = model_cards._card("taught", path)
+    assert "<dt>taught by</dt><dd>resnet20, 100,000 images of tiny-imagenet-200" in article
+    assert "; other</dd>" in article
 
 
 def test_labels_are_printed_in_the_order_of_the_output():

@@ -14,6 +14,7 @@ from tinyserve.modelfile import (
     Label,
     ModelCard,
     OperatingPoint,
+    TaughtBy,
     Training,
     _digest,
     check_graph,
@@ -73,7 +74,16 @@ CALIBRATION = Calibration(
     points=(OperatingPoint(threshold=0.5, decided=200, correct=150),),
 )
 FINE_TUNED = dataclasses.replace(
-    CARD, training=dataclasses.replace(CARD.training, epochs=5, initial=CARD.training)
+    CARD,
+    training=dataclasses.replace(
+        CARD.training,
+        epochs=5,
+        initial=CARD.training,
+        teachers=(
+            TaughtBy(name="resnet20.onnx 1f", architecture="resnet20", training=CARD.training),
+            TaughtBy(name="adopted.onnx 2e", architecture="other", training=None),
+        ),
+    ),
 )
 
 

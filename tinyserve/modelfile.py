@@ -64,12 +64,41 @@ class Training:
     val_top5: float
     initial: "Training | None" = None
     """Of the weights that the run started from; None where it started from scratch."""
+    teachers: "tuple[TaughtBy, ...]" = ()
+    """The networks whose answers were learnt, beside the labels. Files made before they were noted
+    name none."""
 
     @classmethod
     def from_fields(cls, fields: dict[str, Any]) -> "Training":
         """The inverse of :func:`dataclasses.asdict`."""
         initial = fields.get("initial")
-        return cls(**{**fields, "initial": None if initial is None else cls.from_fields(initial)})
+        teachers = (TaughtBy.from_fields(teacher) for teacher in fields.get("teachers", ()))
+        return cls(
+            **{
+                **fields,
+                "initial": None if initial is None else cls.from_fields(initial),
+                "teachers": tuple(teachers),
+            }
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TaughtBy:
+    """A network that another learnt from: its ``architecture`` and training, and in ``name`` that
+    of its run or file, and the SHA-256 of the weights' file."""
+
+    name: str
+    architecture: str
+    training: Training | None
+    """None of a network that was not trained here."""
+
+    @classmethod
+    def from_fields(cls, fields: dict[str, Any]) -> "TaughtBy":
+        """The inverse of :func:`dataclasses.asdict`."""
+        training = fields["training"]
+        return cls(
+            **{**fields, "training": None if training is None else Training.from_fields(training)}
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

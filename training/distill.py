@@ -20,7 +20,7 @@ from tqdm import tqdm
 from tinyserve.engine import Engine
 from tinyserve.errors import DataError, UsageError, os_reason
 from tinyserve.files import candidate
-from tinyserve.modelfile import Label
+from tinyserve.modelfile import Label, Training
 from training import data, hardware, pretrained
 from training.checkpoint import Weights
 from training.evaluate import BATCH, GPU_BATCH, at_a_time
@@ -65,18 +65,21 @@ class Teacher(nn.Module):
         return answers / len(self.networks)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
     """A teacher that is asked about whole images, as it is served."""
 
     name: str
     """As :func:`training.pretrained.identify` has it."""
+    arch: str
     labels: tuple[Label, ...]
     image_size: int
     batch: int
     """Images to ask about at a time."""
     ask: Callable[[data.Pixels], Tensor]
     """From images, uint8 ``[N, image_size, image_size, 3]``, to probabilities, ``[N, classes]``."""
+    training: Training | None
+    """How it was trained; None of a model file that was not trained here."""
     precision: str | None = None
     """In which it is asked; None for a model file, which has its own."""
 
@@ -91,11 +94,13 @@ def open_source(path: Path, device: torch.device, precision: str) -> Source:
         engine = Engine(path)
         card = engine.card
         return Source(
-            name,
-            card.labels,
-            card.image_size,
-            at_a_time(BATCH, card.image_size),
-            lambda images: torch.from_numpy(engine.run(images)),
+            name=name,
+            arch=card.architecture,
+            labels=card.labels,
+            image_size=card.image_size,
+            batch=at_a_time(BATCH, card.image_size),
+            ask=lambda images: torch.from_numpy(engine.run(images)),
+            training=card.training,
         )
     weights = pretrained.load(path)
     network = weights.served().to(device).to(memory_format=torch.channels_last)
@@ -105,9 +110,16 @@ def open_source(path: Path, device: torch.device, precision: str) -> Source:
             answers: Tensor = network(torch.from_numpy(images).to(device))
         return answers.cpu()
 
-    size = weights.image_size
-    batch = at_a_time(BATCH if device.type == "cpu" else GPU_BATCH, size)
-    return Source(pretrained.identify(path), weights.labels, size, batch, ask, precision)
+    return Source(
+        name=pretrained.identify(path),
+        arch=weights.arch,
+        labels=weights.labels,
+        image_size=weights.image_size,
+        batch=at_a_time(BATCH if device.type == "cpu" else GPU_BATCH, weights.image_size),
+        ask=ask,
+        training=weights.training,
+        precision=precision,
+    )
 
 
 def kept_answers(sources: Sequence[Source], dataset: data.Dataset, temperature: float) -> Tensor:

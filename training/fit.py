@@ -24,7 +24,7 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -36,7 +36,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from tinyserve.errors import TinyserveError, UsageError, describe_os_error
-from tinyserve.modelfile import Training
+from tinyserve.modelfile import TaughtBy, Training
 from tinyserve.report import wilson_interval
 from training import augment, checkpoint, data, distill, distributed, hardware, pretrained
 from training.calibrate import may_have_seen
@@ -119,13 +119,19 @@ def _fit_from_files(
     deadline: float | None,
 ) -> None:
     initial = None if arguments.init is None else pretrained.load(arguments.init)
-    teachers, sources = [], []
+    teachers: list[checkpoint.Weights] = []
+    sources: list[distill.Source] = []
     if config.recipe.distill_once:
         sources = [
             distill.open_source(path, device, config.precision) for path in arguments.teacher
         ]
     else:
         teachers = [pretrained.load(path) for path in arguments.teacher]
+    asked_about: list[checkpoint.Weights | distill.Source] = [*teachers, *sources]
+    taught_by = tuple(
+        TaughtBy(name=name, architecture=teacher.arch, training=teacher.training)
+        for name, teacher in zip(config.teachers, asked_about, strict=True)
+    )
     with workers.first_before_others():  # the first decodes the images, the others map its array
         dataset = data.load(
             data.locate(arguments.data),
@@ -152,25 +158,40 @@ def _fit_from_files(
             workers=workers,
         )
         if workers.first and run.saved is None:
-            for note in _notes(trainer, dataset, asked, initial):
+            for note in _notes(trainer, dataset, asked, initial, taught_by):
                 print(f"note: {note}", file=sys.stderr)
         history = fit(trainer, run, deadline)
-        _finish(dataset, trainer, run, history, initial)
+        _finish(dataset, trainer, run, history, initial, taught_by)
 
 
 def _notes(
-    trainer: Trainer, dataset: data.Dataset, asked: Recipe, initial: checkpoint.Weights | None
+    trainer: Trainer,
+    dataset: data.Dataset,
+    asked: Recipe,
+    initial: checkpoint.Weights | None,
+    taught_by: Sequence[TaughtBy],
 ) -> Iterator[str]:
     """What is worth knowing before a run of a recipe begins."""
     recipe = trainer.config.recipe
+
+    def saw_held_out(training: Training | None) -> bool:
+        return len(dataset.held_out) > 0 and may_have_seen(
+            training, dataset.fingerprint, dataset.described
+        )
+
     if initial is not None:
         if initial.labels != dataset.classes:
             yield "its classes are others: the last layer starts anew"
-        seen = may_have_seen(initial.training, dataset.fingerprint, dataset.described)
-        if seen and len(dataset.held_out):
+        if saw_held_out(initial.training):
             yield (
                 "the weights of --init may have been trained on images that are held out now: "
                 "what is measured on these is too good"
+            )
+    for teacher in taught_by:
+        if saw_held_out(teacher.training):
+            yield (
+                f"the teacher {teacher.architecture} may have been trained on images that are held "
+                "out now: what is measured on these may be a little too good"
             )
     if asked.batch_size != recipe.batch_size:
         lower = f", and the learning rate is as much lower: {recipe.lr:.3g}"
@@ -308,6 +329,7 @@ def _finish(
     run: Run,
     history: list[Row],
     initial: checkpoint.Weights | None,
+    taught_by: tuple[TaughtBy, ...],
 ) -> None:
     """Evaluate the final weights as they will be served, in fp32, and write them."""
     config, recipe = trainer.config, trainer.config.recipe
@@ -334,6 +356,7 @@ def _finish(
             val_top1=math.nan,
             val_top5=math.nan,
             initial=None if initial is None else initial.training,
+            teachers=taught_by,
         ),
     )
     if not trainer.workers.first:

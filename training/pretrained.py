@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tinyserve.engine import read_card
-from tinyserve.errors import CheckpointError, ModelFileError, os_reason
-from tinyserve.modelfile import Label
+from tinyserve.errors import CheckpointError, GateError, ModelFileError, os_reason
+from tinyserve.modelfile import Label, check_graph
 from training import checkpoint
 from training.models import ARCHS, is_auxiliary
 
@@ -31,7 +31,8 @@ _Norm = nn.modules.batchnorm._BatchNorm
 def load(path: Path) -> checkpoint.Weights:
     """The weights of a finished run's folder, or of a ``.onnx`` file that was exported from one.
 
-    Raises :class:`~tinyserve.errors.CheckpointError` where there is neither.
+    Raises :class:`~tinyserve.errors.CheckpointError` where there is neither, and
+    :class:`~tinyserve.errors.GateError` where a file was changed after it was exported.
     """
     if path.is_dir():
         return checkpoint.load_weights(path)
@@ -39,7 +40,10 @@ def load(path: Path) -> checkpoint.Weights:
         raise CheckpointError(f"no such run or model file: {path}")
     try:
         card = read_card(path)
+        check_graph(path, card)
         graph = onnx.load(path).graph
+    except GateError:
+        raise
     except ModelFileError as error:
         raise CheckpointError(str(error)) from error
     except Exception as error:  # protobuf and ONNX raise almost anything

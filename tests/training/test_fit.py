@@ -540,6 +540,13 @@ def test_a_teacher_asked_once_and_one_asked_every_time(finished, photos, tmp_pat
     for folder in (once, always):
         config = json.loads((folder / "config.json").read_text())
         assert config["config"]["teachers"] == [f"{finished.folder.name} {digest}"]
+        weights = checkpoint.load_weights(folder)
+        (teacher,) = weights.training.teachers
+        assert (teacher.name, teacher.architecture) == (
+            f"{finished.folder.name} {digest}",
+            "inception",
+        )
+        assert teacher.training == checkpoint.load_weights(finished.folder).training
     losses = [history(folder)[0]["train_loss"] for folder in (once, always)]
     assert losses[0] != losses[1]
 
@@ -566,9 +573,14 @@ def test_kept_answers_are_mixed_as_the_images_and_their_labels(photos, make_trai
     assert ((targets > 0.05).sum(dim=1) == 2).any()  # some of two classes
 
 
-def test_weights_that_saw_what_is_held_out_now_are_said(finished, photos, tmp_path, capsys):
-    arguments = f"--arch inception --init {finished.folder} --epochs 1 -b 4 --time-limit 0"
-    words = "may have been trained on images that are held out now"
+@pytest.mark.parametrize(
+    ("option", "who"), [("--init", "the weights of --init"), ("--teacher", "the teacher inception")]
+)
+def test_weights_that_saw_what_is_held_out_now_are_said(
+    finished, photos, tmp_path, capsys, option, who
+):
+    arguments = f"--arch inception {option} {finished.folder} --epochs 1 -b 4 --time-limit 0"
+    words = f"note: {who} may have been trained on images that are held out now"
     for number, (holdout, expected) in enumerate((("--holdout 5", True), ("", False))):
         fit_here(tmp_path / str(number), photos, f"{arguments} {holdout}")
         assert (words in capsys.readouterr().err) is expected

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from tinyserve.errors import CheckpointError
+from tinyserve.errors import CheckpointError, GateError
 from tinyserve.modelfile import Label, ModelCard, write_model
 from training import checkpoint, export, pretrained, quantize
 from training.augment import VIEWS
@@ -179,6 +179,17 @@ def test_a_file_in_8_bits_gives_every_weight_to_half_a_step(small_weights, pictu
         steps = values.abs().amax(dim=1) / 64  # 7 bits: from -64 to 64
         errors = (found[name] - values).abs().amax(dim=1) / steps
         assert 0.1 < float(errors.max()) < 0.501, name
+
+
+@pytest.mark.slow
+def test_a_file_that_was_changed_is_refused(small_weights, tmp_path):
+    path = write_file(tmp_path / "model.onnx", trained("baseline", small_weights, batch_norm=True))
+    pretrained.load(path)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1  # in a weight
+    path.write_bytes(content)
+    with pytest.raises(GateError, match="its graph was changed after it was exported"):
+        pretrained.load(path)
 
 
 def test_a_run_is_read_as_its_weights(small_run, small_weights):

@@ -17,6 +17,7 @@ from tinyserve.errors import ModelFileError, TinyserveError
 from tinyserve.modelfile import (
     DEFAULT_MODEL,
     ModelCard,
+    TaughtBy,
     Training,
     installed_models,
     search_folders,
@@ -164,6 +165,8 @@ def _card_lines(path: Path, card: ModelCard) -> Iterator[tuple[str, str]]:
         if training.initial:
             earlier = training.initial
             yield "started from", f"weights trained on {earlier.dataset}, {_how(earlier)}"
+        for teacher in training.teachers:
+            yield "taught by", _teacher(teacher)
         yield (
             "accuracy",
             f"top-1 {100 * training.val_top1:.2f} %, top-5 {100 * training.val_top5:.2f} % "
@@ -200,6 +203,13 @@ def _how(training: Training) -> str:
         f"recipe {training.recipe}, {training.epochs} epochs, seed {training.seed}, "
         f"{training.precision}, commit {training.commit}"
     )
+
+
+def _teacher(teacher: TaughtBy) -> str:
+    words = f"{teacher.architecture}, {teacher.name}"
+    if teacher.training is None:
+        return words
+    return f"{words}, trained on {teacher.training.dataset}, {_how(teacher.training)}"
 
 
 def labels(arguments: argparse.Namespace) -> int:

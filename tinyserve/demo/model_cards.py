@@ -11,7 +11,7 @@ from tinyserve.demo.render import problem, seen_words, share_bar
 from tinyserve.devices import device_name
 from tinyserve.engine import read_card
 from tinyserve.errors import TinyserveError
-from tinyserve.modelfile import Evidence, ModelCard, Training, installed_models
+from tinyserve.modelfile import Evidence, ModelCard, TaughtBy, Training, installed_models
 from tinyserve.report import counted
 
 if TYPE_CHECKING:
@@ -61,6 +61,8 @@ def _card(name: str, path: Path) -> str:
         facts["trained on"] = _training(card.training)
         if card.training.initial:
             facts["started from"] = f"weights from {_training(card.training.initial)}"
+        if card.training.teachers:
+            facts["taught by"] = "; ".join(map(_teacher, card.training.teachers))
     if card.golden:
         facts["self-test"] = f"{card.golden.count} pictures whenever it is loaded"
     rows = "".join(f"<dt>{name}</dt><dd>{escape(fact)}</dd>" for name, fact in facts.items())
@@ -98,3 +100,9 @@ def _evidence(entry: Evidence) -> str:
     if entry.val_images:
         words += f"; right on {entry.correct_top1:,} of {entry.val_images:,} validation images"
     return escape(words)
+
+
+def _teacher(teacher: TaughtBy) -> str:
+    if teacher.training is None:
+        return teacher.architecture
+    return f"{teacher.architecture}, {_training(teacher.training)}"
