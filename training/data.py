@@ -442,13 +442,15 @@ def cache_folder(root: Path) -> Path:
 
 def _fingerprint(root: Path, files: Iterable[tuple[str, int]], *, with_time: bool) -> str:
     digest = hashlib.sha256()
+    # As walk_images gives paths. Of a hundred thousand, os.path.relpath would take seconds.
+    above = os.path.join(root, "").removeprefix(f".{os.sep}")
     for path, label in files:
         try:
             status = os.stat(path)
             size, time = status.st_size, status.st_mtime_ns if with_time else 0
         except OSError:  # a link to nothing; decoding says so
             size, time = -1, 0
-        name = os.path.relpath(path, root).replace(os.sep, "/")
+        name = path.removeprefix(above).replace(os.sep, "/")
         line = f"{name}\t{label}\t{size}\t{time}\n"
         digest.update(line.encode("utf-8", "surrogateescape"))
     return digest.hexdigest()

@@ -348,6 +348,13 @@ def test_copies_have_the_same_fingerprint_and_other_data_another(folders, tmp_pa
     assert data.load(copy).fingerprint != original
 
 
+@pytest.mark.parametrize("where", [".", "train/..", "../{name}"])
+def test_data_have_one_fingerprint_from_wherever_they_are_named(folders, monkeypatch, where):
+    before = data.load(folders).fingerprint
+    monkeypatch.chdir(folders)
+    assert data.load(Path(where.format(name=folders.name))).fingerprint == before
+
+
 @pytest.mark.parametrize("holdout", [0, 3])
 def test_data_of_which_images_were_left_out_have_a_fingerprint_of_their_own(
     folders, tmp_path, holdout
