@@ -34,6 +34,7 @@ from tinyserve.errors import DataError, ImageError, os_reason
 from tinyserve.files import candidate
 from tinyserve.images import is_image_name
 from tinyserve.modelfile import HELD_OUT, Label
+from training.distributed import speaks
 
 DEFAULT_ROOT = Path("data/tiny-imagenet-200")
 URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
@@ -226,7 +227,8 @@ def _warn_of_duplicates(train: Iterable[Pixels], val: Split) -> None:
 
 
 def _note(words: str) -> None:
-    print(f"note: {words}", file=sys.stderr)
+    if speaks():
+        print(f"note: {words}", file=sys.stderr)
 
 
 def _some(names: list[str]) -> str:
@@ -372,9 +374,10 @@ def _decode_split(
             f"{len(bad)} of {len(files)} {split} images cannot be read ({listed}); "
             "--skip-bad goes on without them"
         )
-    for position, reason in bad.items():
-        tqdm.write(f"skipped {files[position][0]}: {reason}", file=sys.stderr)
-    tqdm.write(f"skipped {len(bad)} of {len(files)} {split} images", file=sys.stderr)
+    if speaks():
+        for position, reason in bad.items():
+            tqdm.write(f"skipped {files[position][0]}: {reason}", file=sys.stderr)
+        tqdm.write(f"skipped {len(bad)} of {len(files)} {split} images", file=sys.stderr)
     if len(bad) == len(files):
         raise DataError(f"none of the {len(files)} {split} images below {root} can be read")
     good = np.setdiff1d(np.arange(len(files)), list(bad))

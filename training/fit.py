@@ -19,7 +19,6 @@ import argparse
 import dataclasses
 import json
 import math
-import os
 import shlex
 import signal
 import sys
@@ -73,8 +72,6 @@ class StoppedError(TinyserveError):
 def main(argv: list[str] | None = None) -> int:
     started = time.monotonic()
     arguments = _parser().parse_args(argv)
-    # One for each machine: what is wrong may be wrong on it alone.
-    speaks = os.environ.get("LOCAL_RANK", "0") == "0"
     try:
         config, device = _configure(arguments)
         if arguments.show_recipe:
@@ -86,7 +83,7 @@ def main(argv: list[str] | None = None) -> int:
         with distributed.joined(device) as workers:
             _fit_from_files(arguments, config, device, workers, deadline)
     except TinyserveError as error:
-        if speaks:
+        if distributed.speaks():
             print(f"training.fit: {error}", file=sys.stderr)
         return error.exit_code
     except torch.OutOfMemoryError:
@@ -228,16 +225,14 @@ def fit(trainer: Trainer, run: Run, deadline: float | None = None) -> list[Row]:
         if run.saved is not None:
             print(f"resumed at step {trainer.step} of {trainer.steps}", file=sys.stderr)
         print(_introduction(trainer, run), file=sys.stderr)
+    meter = _Meter(trainer.device)
     with _events(trainer, run) as writer, _stop_signals(deadline) as stop:
         while trainer.step < trainer.steps:
             epoch = trainer.step // trainer.steps_per_epoch + 1
-            for loss in _with_progress(trainer, epoch):
+            for _ in _with_progress(trainer, epoch, meter, writer):
                 if _should_stop(trainer, stop):
                     run.save_checkpoint({"trainer": trainer.state_dict(), "history": history})
                     raise StoppedError(*stop.reason(), trainer, run.folder)
-                if loss is not None and writer is not None:
-                    writer.add_scalar("step/loss", loss, trainer.step)
-                    writer.add_scalar("step/lr", trainer.lr, trainer.step)
             row = trainer.finish_epoch()
             # The latter is of the last step's weights, too.
             if not (math.isfinite(row["train_loss"]) and math.isfinite(row["val_loss"])):
@@ -272,11 +267,10 @@ def _introduction(trainer: Trainer, run: Run) -> str:
     )
 
 
-def _with_progress(trainer: Trainer, epoch: int) -> Iterator[float | None]:
-    """Run the rest of an epoch behind a progress bar; yields before every step.
-
-    What it yields is a new reading of the loss where there is one, and otherwise None.
-    """
+def _with_progress(
+    trainer: Trainer, epoch: int, meter: "_Meter", writer: SummaryWriter | None
+) -> Iterator[None]:
+    """Run the rest of an epoch behind a progress bar; yields before every step."""
     bar = tqdm(
         total=trainer.steps_per_epoch * trainer.batch_size,
         initial=trainer.step % trainer.steps_per_epoch * trainer.batch_size,
@@ -284,43 +278,47 @@ def _with_progress(trainer: Trainer, epoch: int) -> Iterator[float | None]:
         unit="image",
         disable=None if trainer.workers.first else True,
     )
-    meter = _Meter(trainer.device)
     with bar:
-        value = None
         while trainer.step < epoch * trainer.steps_per_epoch:
-            yield value
-            loss, value = trainer.train_step(), None
+            yield
+            loss = trainer.train_step()
             bar.update(trainer.batch_size)
-            if trainer.step % LOSS_EVERY == 0:
-                value = meter.read(loss)
-            if value is not None:
+            if trainer.step % LOSS_EVERY:
+                continue
+            if writer is not None:
+                writer.add_scalar("step/lr", trainer.lr, trainer.step)
+            if reading := meter.read(loss, trainer.step):
+                step, value = reading
+                if writer is not None:
+                    writer.add_scalar("step/loss", value, step)
                 bar.set_postfix(
                     loss=f"{value:.3f}", lr=f"{trainer.lr:.4f}", size=trainer.size, refresh=False
                 )
 
 
 class _Meter:
-    """Reads a number off the device without waiting for it: each reading is of the one before."""
+    """Reads numbers off the device without waiting for them."""
 
     def __init__(self, device: torch.device) -> None:
         self._arrived = torch.cuda.Event() if device.type == "cuda" else None
         self._number = torch.zeros((), pin_memory=self._arrived is not None)
-        self._pending = False
+        self._pending: int | None = None
 
-    def read(self, number: Tensor) -> float | None:
-        """The number of an earlier call that has arrived, None where none has; on a CPU this one's.
+    def read(self, number: Tensor, step: int) -> tuple[int, float] | None:
+        """Step and number of an earlier call that has arrived, None where none has; on a CPU this
+        call's.
 
         ``number`` is a scalar on the device, which is copied for a later call.
         """
         if self._arrived is None:
-            return number.item()
-        if self._pending and not self._arrived.query():
+            return step, number.item()
+        if self._pending is not None and not self._arrived.query():
             return None
-        value = self._number.item() if self._pending else None
+        earlier = None if self._pending is None else (self._pending, self._number.item())
         self._number.copy_(number, non_blocking=True)
         self._arrived.record()
-        self._pending = True
-        return value
+        self._pending = step
+        return earlier
 
 
 def _finish(

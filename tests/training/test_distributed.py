@@ -18,7 +18,7 @@ from training.trainer import Trainer
 
 ARGUMENTS = [
     *("--arch", "baseline", "--recipe", "paper", "--epochs", "2", "--batch-size", "6"),
-    *("--device", "cpu", "--precision", "fp32", "--seed", "3"),
+    *("--holdout", "3", "--device", "cpu", "--precision", "fp32", "--seed", "3"),
 ]
 """Of a network with neither batch norm nor dropout, on random crops."""
 
@@ -37,6 +37,7 @@ def train(run_module, photos) -> Callable[..., Path]:
         # Only the first process speaks.
         assert result.stderr.count("export it with") == 1
         assert result.stdout.count("single centre view") == 1
+        assert result.stderr.count("are held out for validation") == 1
         return out
 
     return run

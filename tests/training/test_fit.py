@@ -60,6 +60,22 @@ def test_a_run_leaves_its_files_and_nothing_half_written(finished):
 
 
 @pytest.mark.slow
+def test_tensorboard_has_every_reading_of_the_loss(photos, tmp_path, monkeypatch, history):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.setattr(fit, "LOSS_EVERY", 2)
+    arguments = "--arch baseline --recipe cpu --epochs 2 -b 2 --limit-train 8"
+    assert fit_here(tmp_path / "run", photos, arguments) == 0
+    events = EventAccumulator(str(tmp_path / "run")).Reload()
+    for name in ("step/loss", "step/lr"):
+        assert [event.step for event in events.Scalars(name)] == [2, 4, 6, 8]
+    rates = [event.value for event in events.Scalars("step/lr")]
+    assert rates[1::2] == pytest.approx([float(row["lr"]) for row in history(tmp_path / "run")])
+    losses = [event.value for event in events.Scalars("epoch/train_loss")]
+    assert losses == pytest.approx([float(row["train_loss"]) for row in history(tmp_path / "run")])
+
+
+@pytest.mark.slow
 def test_history_has_one_row_an_epoch(finished, history):
     rows = history(finished.folder)
     assert list(rows[0]) == COLUMNS
