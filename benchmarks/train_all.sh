@@ -63,8 +63,15 @@ train() {
         }
         [ -e "$run/weights.pt" ] || { echo "out of time in $name: run this again to go on"; exit 0; }
     fi
-    "$python" -m training.report "$records" --keep "$run" -o "$results" --figures "$figures" >/dev/null
+    reported || failed=$?
+    "$python" -m training.report "$records" --keep "$run" -o "$results" --figures "$figures" >/dev/null &
+    reporting=$!
 }
+
+# RESULTS.md is written while the next run begins: on a GPU that is a tenth of a short run's time.
+reporting=
+reported() { [ -z "$reporting" ] || wait "$reporting"; }
+trap 'reported || exit $?' EXIT
 
 # The best network first: it teaches the others, and then itself. Three of them are shorter than their
 # recipe: all four were to take ten minutes of an NVIDIA H200.

@@ -34,7 +34,7 @@ from tinyserve.errors import DataError, ImageError, os_reason
 from tinyserve.files import candidate
 from tinyserve.images import is_image_name
 from tinyserve.modelfile import HELD_OUT, Label
-from training.distributed import speaks
+from training.notes import note, speaks
 
 DEFAULT_ROOT = Path("data/tiny-imagenet-200")
 URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
@@ -138,7 +138,7 @@ def load(root: Path, *, image_size: int = 64, skip_bad: bool = False, holdout: i
     if not train_files:
         raise DataError(no_images(train_folder))
     if empty := sorted(set(names) - {names[label] for _, label in train_files}):
-        _note(f"class folders without training images: {_some(empty)}")
+        note(f"class folders without training images: {_some(empty)}")
     has_val = (root / "val").is_dir() and not holdout
     _note_others([*(train_folder / name for name in names), *([root / "val"] if has_val else [])])
     _note_loose(train_folder)
@@ -156,7 +156,7 @@ def load(root: Path, *, image_size: int = 64, skip_bad: bool = False, holdout: i
         held_out = _evenly(train.labels, holdout or math.ceil(HOLDOUT * len(train)))
         val = Split(train.images[held_out], train.labels[held_out])
         why = "" if holdout else f"{root} has no val/: "
-        _note(f"{why}{len(val):,} of {len(train):,} training images are held out for validation")
+        note(f"{why}{len(val):,} of {len(train):,} training images are held out for validation")
         rest = np.setdiff1d(np.arange(len(train)), held_out)
         _warn_of_duplicates((train.images[place] for place in rest), val)
     return Dataset(
@@ -187,7 +187,7 @@ def _note_others(folders: Iterable[Path]) -> None:
             if count == 1
             else f"{count:,} files are no images that are"
         )
-        _note(f"{what} known here ({_some(sorted(suffixes))}), and left out")
+        note(f"{what} known here ({_some(sorted(suffixes))}), and left out")
 
 
 def _note_loose(folder: Path) -> None:
@@ -198,7 +198,7 @@ def _note_loose(folder: Path) -> None:
     )
     if count:
         what = "1 image is" if count == 1 else f"{count:,} images are"
-        _note(f"{what} in no class folder but in {folder} itself, and left out")
+        note(f"{what} in no class folder but in {folder} itself, and left out")
 
 
 def _evenly(labels: NDArray[np.int64], count: int) -> NDArray[np.int64]:
@@ -223,12 +223,7 @@ def _warn_of_duplicates(train: Iterable[Pixels], val: Split) -> None:
         hashlib.blake2b(image.data, digest_size=16).digest() in digests for image in val.images
     )
     if twice:
-        _note(f"{twice:,} of {len(val):,} validation images are training images, too")
-
-
-def _note(words: str) -> None:
-    if speaks():
-        print(f"note: {words}", file=sys.stderr)
+        note(f"{twice:,} of {len(val):,} validation images are training images, too")
 
 
 def _some(names: list[str]) -> str:

@@ -55,13 +55,6 @@ class Workers:
 
 ALONE = Workers()
 
-
-def speaks() -> bool:
-    """Whether this is the first process of its machine, which says what is wrong, for that may be
-    wrong on one machine alone."""
-    return os.environ.get("LOCAL_RANK", "0") == "0"
-
-
 _OTHERS_WAIT = timedelta(hours=6)
 """While the first decodes the images, or asks a teacher about them."""
 

@@ -43,6 +43,7 @@ from training.distributed import Workers
 from training.evaluate import Score, served_accuracy
 from training.hardware import PRECISIONS
 from training.models import ARCHS, count_parameters
+from training.notes import note, speaks
 from training.recipes import RECIPES, SMALLEST_IMAGE, Recipe
 from training.records import RESULT, SINGLE, TEN
 from training.run import Config, Row, Run, opened
@@ -83,7 +84,7 @@ def main(argv: list[str] | None = None) -> int:
         with distributed.joined(device) as workers:
             _fit_from_files(arguments, config, device, workers, deadline)
     except TinyserveError as error:
-        if distributed.speaks():
+        if speaks():
             print(f"training.fit: {error}", file=sys.stderr)
         return error.exit_code
     except torch.OutOfMemoryError:
@@ -155,8 +156,8 @@ def _fit_from_files(
             workers=workers,
         )
         if workers.first and run.saved is None:
-            for note in _notes(trainer, dataset, asked, initial, taught_by):
-                print(f"note: {note}", file=sys.stderr)
+            for words in _notes(trainer, dataset, asked, initial, taught_by):
+                note(words)
         history = fit(trainer, run, deadline)
         _finish(dataset, trainer, run, history, initial, taught_by)
 

@@ -22,7 +22,6 @@ from tinyserve.files import held
 from training import checkpoint, hardware
 from training.data import Dataset
 from training.distributed import ALONE, Workers
-from training.plots import draw_curves
 from training.recipes import Recipe
 from training.records import CONFIG, HISTORY
 
@@ -128,6 +127,8 @@ class Run:
             partial.write_text(buffer.getvalue(), encoding="utf-8")
         now = time.monotonic()
         if now - self._drawn > DRAWN_EVERY or len(history) == recipe.epochs:
+            from training.plots import draw_curves  # matplotlib takes half a second to start
+
             self._drawn = now
             with checkpoint.replacing(self.folder / "curves.png") as partial:
                 draw_curves(partial, title, history, recipe)

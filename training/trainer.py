@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torchvision.transforms import v2
 
 from tinyserve.errors import UsageError
 from training import augment, hardware, pretrained
@@ -122,7 +121,7 @@ class Trainer:
             self.teacher = Teacher(teachers, dataset.classes, self.mean, self.std).to(device)
         self.answers = None if answers is None else answers.to(device)
         self.classes = len(dataset.classes)
-        self.mixes: dict[str, nn.Module] = {"cutmix": v2.CutMix(), "mixup": v2.MixUp(alpha=0.2)}
+        self.mixes = _mixes() if recipe.cutmix or recipe.mixup else {}
         self._network: nn.Module = self.model
         if workers.count > 1:
             # Batch norm keeps each process's own running statistics; they are averaged before they
@@ -491,6 +490,13 @@ def _subset(dataset: Dataset, limit: int | None) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     chosen = torch.randperm(len(indices), generator=generator)[:limit]
     return indices[chosen.sort().values]
+
+
+def _mixes() -> dict[str, nn.Module]:
+    """Mixing each other's images, by name."""
+    from torchvision.transforms import v2  # takes two seconds to start
+
+    return {"cutmix": v2.CutMix(), "mixup": v2.MixUp(alpha=0.2)}
 
 
 def _split(count: int, parts: int) -> list[slice]:
