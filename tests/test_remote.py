@@ -1,11 +1,13 @@
 """Images behind URIs; a file system that any machine has stands for the others."""
 
+import http.server
 import io
 import json
 import os
 import pickle
 import subprocess
 import sys
+import threading
 import zipfile
 from pathlib import Path
 
@@ -50,6 +52,48 @@ def test_annotations_that_cannot_be_read_are_an_error_and_may_change(tmp_path):
     for wnid in ("n1", "n02"):
         annotations.write_text(f"val_0.JPEG\t{wnid}\n")
         assert [item.label for item in find_inputs([folder.as_uri()])] == [wnid]
+
+
+class Storage(http.server.BaseHTTPRequestHandler):
+    """S3 as it answers those who may read one image, and who may list where ``lists`` is set."""
+
+    lists = False
+
+    def do_HEAD(self) -> None:
+        self.answer(b"")
+
+    def do_GET(self) -> None:
+        listing = b"<ListBucketResult><Name>bucket</Name><KeyCount>0</KeyCount></ListBucketResult>"
+        self.answer(b"an image" if self.path.endswith(".jpg") else listing)
+
+    def answer(self, body: bytes) -> None:
+        allowed = self.path == "/bucket/val/images/1.jpg" or ("?" in self.path and self.lists)
+        self.send_response(200 if allowed else 403)
+        self.send_header("Content-Length", str(len(body) if body or not allowed else 8))
+        self.send_header("Last-Modified", "Wed, 21 Oct 2015 07:28:00 GMT")
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.mark.parametrize("lists", [False, True])
+def test_an_image_of_those_who_may_not_list_is_read_without_annotations(monkeypatch, lists):
+    monkeypatch.setattr(Storage, "lists", lists)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Storage) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        options = f"scheme=http&endpoint_override=127.0.0.1:{server.server_port}&region=us-east-1"
+        try:
+            uri = f"s3://key:secret@bucket/val/images/1.jpg?{options}"
+            if lists:  # then they are there, and cannot be read
+                with pytest.raises(DataError, match=r"val_annotations\.txt: .*ACCESS_DENIED"):
+                    find_inputs([uri])
+            else:
+                (image,) = find_inputs([uri])
+                assert (image.label, image.read()) == ("val", b"an image")
+        finally:
+            server.shutdown()
 
 
 def test_options_are_not_in_the_rows(samples):

@@ -50,7 +50,8 @@ def read_text(uri: str, path: str) -> str | None:
     """A text file in the file system of a URI; None where there is none.
 
     Raises :class:`~tinyserve.errors.DataError` where it cannot be read, or it cannot be told
-    whether there is one.
+    whether there is one. Who may read but not list hears of both that access is denied, from S3;
+    then it is taken for not there.
     """
     filesystem, _ = _file_system(uri)
     import pyarrow.fs as fs
@@ -58,10 +59,25 @@ def read_text(uri: str, path: str) -> str | None:
     try:
         if filesystem.get_file_info(path).type == fs.FileType.NotFound:
             return None
+    except Exception as error:  # as in members()
+        if "ACCESS_DENIED" in str(error) and not _can_list(filesystem, path.rpartition("/")[0]):
+            return None
+        raise DataError(f"cannot read {uri_of(path, uri)}: {first_line(error)}") from error
+    try:
         with filesystem.open_input_stream(path) as file:
             return read_from(file).decode("utf-8-sig", errors="replace")
-    except Exception as error:  # as in members()
+    except Exception as error:
         raise DataError(f"cannot read {uri_of(path, uri)}: {first_line(error)}") from error
+
+
+def _can_list(filesystem: Any, folder: str) -> bool:
+    import pyarrow.fs as fs
+
+    try:
+        filesystem.get_file_info(fs.FileSelector(folder, allow_not_found=True))
+    except Exception:  # as in members()
+        return False
+    return True
 
 
 def _file_system(uri: str) -> tuple[Any, str]:
