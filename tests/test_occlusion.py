@@ -36,7 +36,7 @@ def test_heat_lies_in_the_corner_with_the_object(classifier, samples, row, colum
 def test_hot_places_matter_more_than_cold_ones(classifier, samples):
     """Painting over the hottest fifth costs the class more than painting over the coldest."""
     hot = cold = 0.0
-    for path in walk_images(samples):
+    for path in [*walk_images(samples)][::5]:
         image = images.load(path, size=64)
         index, found = explain(classifier, image)
         mean = image.mean(axis=(0, 1)).astype(np.uint8)

@@ -207,6 +207,16 @@ def finished(
 @pytest.fixture
 def small_weights() -> checkpoint.Weights:
     """An untrained network of three classes, small enough to be written and exported at once."""
+    return _small_weights()
+
+
+@pytest.fixture(scope="session")
+def unchanged_weights() -> checkpoint.Weights:
+    """The same, for fixtures that last."""
+    return _small_weights()
+
+
+def _small_weights() -> checkpoint.Weights:
     torch.manual_seed(0)
     labels = tuple(Label(None, name) for name in COLOURS)
     network = ARCHS["baseline"](len(labels), image_size=12, batch_norm=True)

@@ -717,14 +717,15 @@ def test_any_field_of_the_recipe_can_be_set(photos, tmp_path, capsys):
 @pytest.mark.slow
 def test_a_network_for_larger_images_is_trained_and_exported(photos, tmp_path, capsys):
     run, exported = tmp_path / "run", tmp_path / "exported"
-    arguments = "--arch inception --recipe cpu --epochs 1 -b 9 --limit-train 18 --image-size 96"
+    arguments = "--arch baseline --recipe cpu --epochs 1 -b 9 --limit-train 18 --image-size 96"
+    arguments += " --set crop=96"
     assert fit_here(run, photos, arguments) == 0
     weights = checkpoint.load_weights(run)
-    assert (weights.image_size, weights.crop, weights.network_size) == (96, 96, 48)
+    assert (weights.image_size, weights.crop, weights.network_size) == (96, 96, 80)
     assert export.main([str(run), "-o", str(exported)]) == 0
     assert "not the data that the run was trained on" not in capsys.readouterr().err
-    engine = Engine(exported / "inception.onnx", device="cpu")
-    assert (engine.card.image_size, engine.card.crop, engine.card.network_size) == (96, 96, 48)
+    engine = Engine(exported / "baseline.onnx", device="cpu")
+    assert (engine.card.image_size, engine.card.crop, engine.card.network_size) == (96, 96, 80)
     pictures = data.load(photos, image_size=96).val.images
     assert pictures.shape == (18, 96, 96, 3)
     with torch.inference_mode():
