@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from tinyserve.devices import CPU, OPENVINO
 from tinyserve.engine import Engine
 from tinyserve.errors import DataError, UsageError, os_reason
 from tinyserve.files import candidate
@@ -92,13 +93,13 @@ def open_source(path: Path, device: torch.device, precision: str) -> Source:
     if not path.is_dir():
         name = pretrained.identify(path)
         engine = Engine(path)
-        card = engine.card
+        card, on_cpu = engine.card, engine.provider in (CPU, OPENVINO)
         return Source(
             name=name,
             arch=card.architecture,
             labels=card.labels,
             image_size=card.image_size,
-            batch=at_a_time(BATCH, card.image_size),
+            batch=at_a_time(BATCH if on_cpu else GPU_BATCH, card.image_size),
             ask=lambda images: torch.from_numpy(engine.run(images)),
             training=card.training,
         )

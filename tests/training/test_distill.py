@@ -156,12 +156,12 @@ def test_answers_are_kept_for_the_same_question_alone(small_weights, dataset, an
 
 
 @pytest.mark.slow
-def test_a_model_file_answers_as_the_run_that_it_was_exported_from(finished, tmp_path):
-    assert export.main([str(finished.folder), "-o", str(tmp_path)]) == 0
-    images = data.load(finished.data).train.images
+def test_a_model_file_answers_as_the_run_that_it_was_exported_from(small_run, photos, tmp_path):
+    assert export.main([str(small_run), "-o", str(tmp_path)]) == 0
+    images = data.load(photos, image_size=16).train.images
     run, file = (
         open_source(path, torch.device("cpu"), "fp32")
-        for path in (finished.folder, tmp_path / "inception.onnx")
+        for path in (small_run, tmp_path / "baseline.onnx")
     )
     assert (file.labels, file.image_size) == (run.labels, run.image_size)
     assert file.name != run.name
