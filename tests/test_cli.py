@@ -315,7 +315,7 @@ def test_info_and_the_page_tell_where_weights_came_from(tmp_path):
     card = read_card(taught)
     teachers = (
         TaughtBy(name="big.onnx 1f2e", architecture="resnet20", training=card.training),
-        TaughtBy(name="mine.onnx 3d4c", architecture="other", training=None),
+        TaughtBy(name=f"my own.onnx {'3d4c' * 16}", architecture="other", training=None),
     )
     training = dataclasses.replace(card.training, initial=card.training, teachers=teachers)
     path = tmp_path / "taught.onnx"
@@ -323,8 +323,8 @@ def test_info_and_the_page_tell_where_weights_came_from(tmp_path):
     write_model(path, graph, dataclasses.replace(card, training=training))
     lines = tinyserve("info", path).stdout.splitlines()
     found = [line.split(maxsplit=2)[2] for line in lines if line.startswith("taught by")]
-    assert found[0].startswith("resnet20, big.onnx 1f2e, trained on tiny-imagenet-200, recipe ")
-    assert found[1] == "other, mine.onnx 3d4c"
+    assert found[0].startswith("resnet20, big.onnx (1f2e), trained on tiny-imagenet-200, recipe ")
+    assert found[1] == "other, my own.onnx (3d4c3d4c3d4c)"
     article = model_cards._card("taught", path)
     assert "<dt>taught by</dt><dd>resnet20, 100,000 images of tiny-imagenet-200" in article
     assert "; other</dd>" in article

@@ -206,7 +206,8 @@ def _how(training: Training) -> str:
 
 
 def _teacher(teacher: TaughtBy) -> str:
-    words = f"{teacher.architecture}, {teacher.name}"
+    name, _, digest = teacher.name.rpartition(" ")
+    words = f"{teacher.architecture}, {name} ({digest[:12]})"
     if teacher.training is None:
         return words
     return f"{words}, trained on {teacher.training.dataset}, {_how(teacher.training)}"
