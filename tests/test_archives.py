@@ -2,6 +2,9 @@
 
 import io
 import json
+import multiprocessing
+import os
+import pickle
 import sys
 import tarfile
 import zipfile
@@ -9,7 +12,7 @@ import zipfile
 import pytest
 
 from tinyserve import archives, images
-from tinyserve.dataset import find_inputs
+from tinyserve.dataset import Input, find_inputs
 from tinyserve.errors import DataError, ImageError, UsageError
 
 
@@ -68,6 +71,64 @@ def test_labels_in_an_archive_that_was_replaced_are_read_anew(tmp_path, jpeg):
             archive.writestr("val/images/val_0.JPEG", jpeg)
             archive.writestr("val/val_annotations.txt", f"val_0.JPEG\t{wnid}\n")
         assert [item.label for item in find_inputs([str(path)])] == [wnid]
+
+
+def open_files() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/fd"), reason="needs /proc")
+@pytest.mark.parametrize("suffix", [".zip", ".tar"])
+def test_few_of_many_archives_are_open_at_a_time(make_archive, jpeg, suffix):
+    paths = [make_archive(f"{number}{suffix}", ["1.jpg", "2.jpg"]) for number in range(60)]
+    before = open_files()
+    inputs = find_inputs(paths)
+    assert open_files() == before
+    found = list(inputs)
+    assert len(found) == 120
+    for item in [*found, *found[::-1]]:
+        assert item.read() == jpeg
+        assert open_files() < before + 20
+    del found, item
+    assert open_files() == before
+
+
+def read_or_why(item: Input) -> bytes | str:
+    try:
+        return item.read()
+    except ImageError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("kind", ["fork", "spawn"])
+def test_members_of_a_zip_are_read_in_other_processes(make_archive, jpeg, kind):
+    if kind not in multiprocessing.get_all_start_methods():
+        pytest.skip(f"no {kind} here")
+    names = [f"{number}.jpg" for number in range(200)]
+    inputs = list(find_inputs([make_archive("a.zip", names)]))
+    with multiprocessing.get_context(kind).Pool(4) as pool:
+        assert set(pool.map(read_or_why, inputs, chunksize=5)) == {jpeg}
+
+
+def test_members_of_a_zip_that_was_replaced_are_errors(make_archive, jpeg):
+    path = make_archive("a.zip", ["1.jpg"])
+    (item,) = find_inputs([path])
+    os.rename(make_archive("b.zip", ["longer.jpg", "1.jpg"]), path)
+    assert item.read() == jpeg  # as long as the old one is open
+    archives._OPEN.clear()
+    assert read_or_why(item) == "cannot be unpacked: the archive was changed"
+    os.unlink(path)
+    assert read_or_why(item).startswith("cannot be unpacked: [Errno 2] No such file")
+
+
+@pytest.mark.parametrize("suffix", [".zip", ".tar"])
+def test_inputs_can_be_sent_compared_and_printed(make_archive, jpeg, suffix):
+    inputs = list(find_inputs([make_archive(f"a{suffix}", ["cat/1.jpg", "2.jpg"])]))
+    again = pickle.loads(pickle.dumps(inputs))
+    assert again == inputs
+    assert again[0] != inputs[1]
+    assert [item.read() for item in again] == [jpeg, jpeg]
+    assert len(repr(inputs)) < 1000
 
 
 def test_separators_of_windows_in_a_zip_lead_to_labels(tmp_path, jpeg):

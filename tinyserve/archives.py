@@ -5,10 +5,13 @@ than an image can be are refused, however small they are when compressed; of a t
 few rows of it were unpacked together.
 """
 
+import contextlib
 import json
+import os
 import posixpath
 import tarfile
 import zipfile
+from collections import OrderedDict
 from collections.abc import Iterator
 from functools import partial
 from itertools import repeat
@@ -71,11 +74,54 @@ def read_texts(path: str, name: str) -> dict[str, str]:
 
 
 def _zipped(path: str) -> Iterator[Member]:
-    # Not closed here but with its last member, which may be read long after it was listed.
-    archive = zipfile.ZipFile(path)
-    for info in archive.infolist():
+    archive = _Zip(path)
+    for info in archive.opened().infolist():
         if not info.is_dir() and images.is_image_name(info.filename):
-            yield Member(info.filename, None, partial(_unzip, archive, info))
+            yield Member(info.filename, None, partial(_unzip_from, archive, info))
+
+
+class _Zip:
+    """A zip archive whose members may be read long after they were listed, in other threads and in
+    other processes: it is opened as often as that takes, and few are open at a time."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._version = self._current_version()
+
+    def opened(self) -> zipfile.ZipFile:
+        """Raises :class:`OSError` where that fails, or it is not the file any more that it was."""
+        process, archive = _OPEN.get(id(self), (0, None))
+        # A forked process shares the place that the next byte is read from with its parent.
+        if archive is None or process != os.getpid():
+            if self._current_version() != self._version:
+                raise OSError("the archive was changed")
+            archive = zipfile.ZipFile(self._path)
+            _OPEN[id(self)] = os.getpid(), archive
+        with contextlib.suppress(KeyError):
+            _OPEN.move_to_end(id(self))
+            while len(_OPEN) > _MOST_OPEN:
+                _OPEN.popitem(last=False)  # closed when nobody reads from it any more
+        return archive
+
+    def __del__(self) -> None:
+        _OPEN.pop(id(self), None)
+
+    def _current_version(self) -> tuple[int, int, int]:
+        status = os.stat(self._path)
+        return status.st_ino, status.st_size, status.st_mtime_ns
+
+
+_MOST_OPEN = 16
+_OPEN: OrderedDict[int, tuple[int, zipfile.ZipFile]] = OrderedDict()
+"""By their :class:`_Zip`'s identity, with the process that opened them; the last used come last."""
+
+
+def _unzip_from(archive: _Zip, info: zipfile.ZipInfo) -> bytes:
+    try:
+        opened = archive.opened()
+    except (OSError, zipfile.BadZipFile) as error:
+        raise ImageError(f"cannot be unpacked: {first_line(error)}") from error
+    return _unzip(opened, info)
 
 
 def _unzip(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:

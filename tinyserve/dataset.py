@@ -75,7 +75,7 @@ def version_of(path: str) -> str:
     return ""
 
 
-def find_inputs(paths: Sequence[str]) -> Iterator[Input]:
+def find_inputs(paths: Iterable[str | os.PathLike[str]]) -> Iterator[Input]:
     """All images below the given files, folders (searched recursively), glob patterns, archives and
     URIs.
 
@@ -94,10 +94,14 @@ def find_inputs(paths: Sequence[str]) -> Iterator[Input]:
     # have been rewritten.
     beside = functools.lru_cache(maxsize=1024)(_annotations_beside)
     labelled = functools.partial(with_label, annotations_in=beside)
-    return itertools.chain.from_iterable([_below(path, labelled) for path in paths])
+    names = [os.fspath(path) for path in paths]
+    if not all(isinstance(name, str) for name in names):
+        raise TypeError("paths are str or pathlib's, not bytes: os.fsdecode makes them so")
+    alone = len(names) == 1
+    return itertools.chain.from_iterable([_below(name, labelled, alone=alone) for name in names])
 
 
-def _below(path: str, labelled: Callable[[str], Input]) -> Iterator[Input]:
+def _below(path: str, labelled: Callable[[str], Input], *, alone: bool) -> Iterator[Input]:
     if path == STDIN:
         if sys.stdin is None:  # closed before the start, by <&-
             raise DataError("stdin is closed")
@@ -107,7 +111,9 @@ def _below(path: str, labelled: Callable[[str], Input]) -> Iterator[Input]:
     if os.path.isdir(path):
         return _not_empty(map(labelled, walk_images(path)), no_images(path))
     if is_archive(path):
-        return _not_empty(_archived(path), f"no images in {path}")
+        found = _not_empty(_archived(path), f"no images in {path}")
+        # Of many, each would be open, with its table of contents, until it is its turn.
+        return found if alone else _archived(path)
     if os.path.lexists(path):
         return iter([labelled(path)])
     if glob.has_magic(path):

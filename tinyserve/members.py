@@ -6,7 +6,7 @@ met.
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import NoReturn
 
@@ -24,7 +24,7 @@ class Member:
     """Inside the archive, with ``/``; of a table's row its number, from 0."""
     label: str | None
     """The table's own label; None in archives of files, where folders may tell."""
-    read: Callable[[], bytes]
+    read: Callable[[], bytes] = field(compare=False, repr=False)
     """The image file, or :class:`~tinyserve.errors.ImageError`."""
     in_memory: int = 0
     """Bytes that it holds already."""

@@ -13,7 +13,7 @@ _OF_URIS = "%/:?#[]@!$&'()*+,;=~"
 
 
 def members(uri: str) -> list[Member]:
-    """The image behind a URI, or all anywhere below it; unlike an archive's they can be pickled.
+    """The image behind a URI, or all anywhere below it.
 
     Their names are paths inside the file system, ``bucket/folder/1.jpg``. The URI takes pyarrow's
     options, as in ``s3://bucket/folder?region=eu-west-1``. Raises
