@@ -1,5 +1,6 @@
 import dataclasses
 import itertools
+import pickle
 import threading
 import unicodedata
 
@@ -9,7 +10,7 @@ import pytest
 from tinyserve import Classifier
 from tinyserve.classifier import _batches, _key, _label_keys, _Pace, _ranks, likeliest
 from tinyserve.dataset import Input, find_inputs
-from tinyserve.errors import ImageError, ModelFileError, UsageError
+from tinyserve.errors import BusyError, ImageError, ModelFileError, RequestError, UsageError
 from tinyserve.members import Member
 from tinyserve.modelfile import Label, find_model
 
@@ -229,6 +230,31 @@ def test_threads_may_share_a_classifier(classifier, samples):
     for thread in threads:
         thread.join()
     assert found == expected
+
+
+def test_a_confidence_is_a_share_and_the_last_one_counts(classifier, samples):
+    (result,) = classifier.classify_many([samples / "goldfish" / "val_68.JPEG"])
+    assert result.at_least(1).status == "unknown"
+    assert result.at_least(1).at_least(0) == result
+    assert result.at_least(1).at_least(None).status == "unknown"
+    for wrong in (-0.1, 60, float("nan")):
+        with pytest.raises(UsageError, match="a confidence is from 0 to 1"):
+            result.at_least(wrong)
+
+
+@pytest.mark.parametrize("argument", ["threads", "streams"])
+@pytest.mark.parametrize("value", [0, 2.5, 2**31])
+def test_what_is_no_number_of_threads_is_refused(argument, value):
+    with pytest.raises(UsageError, match=f"{argument} must be "):
+        Classifier("inception", device="cpu", **{argument: value})
+
+
+@pytest.mark.parametrize(
+    "error", [RequestError(404, "no model"), BusyError("full", retry_after=2), ImageError("empty")]
+)
+def test_errors_come_out_of_other_processes(error):
+    again = pickle.loads(pickle.dumps(error))
+    assert (type(again), str(again), vars(again)) == (type(error), str(error), vars(error))
 
 
 def test_results_are_immutable(classifier, samples):

@@ -205,6 +205,13 @@ def test_a_path_of_its_own_is_no_list(path):
         find_inputs(path)
 
 
+def test_paths_are_pathlibs_too_but_no_bytes(samples):
+    folder = samples / "goldfish"
+    assert list(find_inputs(iter([folder]))) == list(find_inputs([str(folder)]))
+    with pytest.raises(TypeError, match="not bytes"):
+        find_inputs([os.fsencode(folder)])
+
+
 @pytest.mark.parametrize(
     ("path", "words"),
     [

@@ -44,9 +44,10 @@ def test_threads_follow_the_affinity_mask_and_the_environment(monkeypatch):
     assert 1 <= default_threads() <= len(os.sched_getaffinity(0))
     monkeypatch.setenv("TINYSERVE_NUM_THREADS", "3")
     assert default_threads() == 3
-    monkeypatch.setenv("TINYSERVE_NUM_THREADS", "many")
-    with pytest.raises(UsageError, match="TINYSERVE_NUM_THREADS"):
-        default_threads()
+    for value in ("many", "0", "-1", "3000000000"):
+        monkeypatch.setenv("TINYSERVE_NUM_THREADS", value)
+        with pytest.raises(UsageError, match="TINYSERVE_NUM_THREADS"):
+            default_threads()
 
 
 @pytest.mark.parametrize(

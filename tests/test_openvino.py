@@ -6,6 +6,8 @@ import select
 import signal
 import subprocess
 import sys
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -92,12 +94,12 @@ def test_answers_stay_with_who_asked(engine, pictures):
             np.testing.assert_array_equal(found, known)
 
 
-def test_a_forked_process_says_so_and_does_not_wait(engine, pictures):
-    engine.run(pictures[:1])
+def answer_in_a_fork(engine: Engine, pictures: np.ndarray) -> str:
+    """How many classes a forked process finds, or why none; "nothing" where it does not end."""
     reader, writer = os.pipe()
-    if not (child := os.fork()):  # as multiprocessing does
+    if not (child := os.fork()):
         try:
-            engine.run(pictures[:1])
+            os.write(writer, str(engine.run(pictures[:1]).shape[1]).encode())
         except DeviceError as error:
             os.write(writer, str(error).encode())
         finally:
@@ -107,7 +109,33 @@ def test_a_forked_process_says_so_and_does_not_wait(engine, pictures):
         found = said.read() if select.select([said], [], [], 60)[0] else "nothing"
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
-    assert "not in this forked process" in found
+    return found
+
+
+def test_a_forked_process_says_so_and_does_not_wait(engine, pictures):
+    engine.run(pictures[:1])
+    assert "not in this forked process" in answer_in_a_fork(engine, pictures)
+
+
+def test_one_stream_goes_on_in_a_forked_process_if_it_was_idle(pictures):
+    engine = Engine(find_model("inception"), device="openvino")
+    assert answer_in_a_fork(engine, pictures) == "200"
+    end = threading.Event()
+
+    def work() -> None:
+        while not end.is_set():
+            engine.run(pictures)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    try:
+        while engine._session._requests.qsize() == 2:
+            time.sleep(0.001)
+        assert "not in this forked process" in answer_in_a_fork(engine, pictures)
+    finally:
+        end.set()
+        thread.join()
+    assert engine.run(pictures).shape == (40, 200)
 
 
 @pytest.mark.parametrize(("threads", "streams"), [(1, 1), (2, 2)])

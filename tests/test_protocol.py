@@ -55,6 +55,14 @@ def test_pixels_in_json_flat_and_nested(data):
     np.testing.assert_array_equal(request.images, PIXELS)
 
 
+def test_nested_pixels_have_the_shape_that_is_said():
+    (one,) = as_json(images(data=PIXELS[0].tolist(), shape=[1, 4, 4, 3])).images
+    np.testing.assert_array_equal(one, PIXELS[0])
+    for data in (PIXELS.transpose(0, 3, 1, 2), PIXELS.reshape(2, 48), PIXELS.reshape(1, 8, 4, 3)):
+        with pytest.raises(RequestError, match=r"data of shape \[.*\], not \[2, 4, 4, 3\]"):
+            as_json(images(data=data.tolist()))
+
+
 def test_pixels_in_binary():
     request = with_binary(images(parameters={"binary_data_size": PIXELS.size}), PIXELS.tobytes())
     np.testing.assert_array_equal(request.images, PIXELS)

@@ -21,6 +21,7 @@ import httpx
 import numpy as np
 import pytest
 import simplejpeg
+from fastapi.testclient import TestClient
 from PIL import Image
 from serving import SECONDS, running, until
 
@@ -30,8 +31,10 @@ from tinyserve.engine import Engine
 from tinyserve.errors import ModelFileError, UsageError
 from tinyserve.modelfile import find_model
 from tinyserve.server import Limits, Settings, schema
+from tinyserve.server.app import build_app
 from tinyserve.server.models import Models
 from tinyserve.server.run import Listener
+from tinyserve.server.service import Service
 
 INDEX = "/v2/repository/index"
 INFER = "/v2/models/inception/infer"
@@ -332,11 +335,30 @@ def test_what_cannot_start_says_why(tmp_path):
         (UsageError, "cannot read", {"api_key_file": tmp_path / "missing"}),
         (UsageError, "cannot listen", {"host": "no such host", "models": ("inception",)}),
         (UsageError, "cannot listen", {"host": "x" * 64, "models": ("inception",)}),
+        (UsageError, "one name or more", {"models": "inception"}),
+        (UsageError, "one name or more", {"models": ()}),
+        (UsageError, "port must be", {"port": 70000}),
+        (UsageError, "max_queue must be", {"max_queue": 0}),
+        (UsageError, "max_batch_size must be", {"max_batch_size": 0}),
+        (UsageError, "max_delay_ms must be", {"max_delay_ms": -1.0}),
+        (UsageError, "log_format is one of", {"log_format": "xml"}),
     ]:
         with pytest.raises(error, match=words):
             Listener(Settings(**{"device": "cpu", "port": 0, **settings}))
     with running() as server, pytest.raises(UsageError, match=f"port {server.port}"):
         Listener(Settings(models=("inception",), device="cpu", port=server.port))
+
+
+def test_the_application_answers_in_another_server_too(goldfish):
+    service = Service(Settings(models=("inception",), device="cpu"))
+    with TestClient(build_app(service)) as client:
+        work = client.portal.start_task_soon(service.work)
+        try:
+            until(lambda: client.get("/v2/health/ready").status_code == 200)
+            found = client.post("/classify", content=goldfish).json()
+            assert found["predictions"][0]["name"] == "goldfish"
+        finally:
+            work.cancel()
 
 
 def test_not_ready_before_it_is_warm(monkeypatch, goldfish):

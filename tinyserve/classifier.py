@@ -77,11 +77,14 @@ class Result:
         return "error" if self.error is not None else "unknown" if self.unknown else "ok"
 
     def at_least(self, confidence: float | None) -> "Result":
-        """The same, ``unknown`` if its first prediction is less likely than ``confidence``."""
-        if confidence is None or not self.predictions:
+        """The same, ``unknown`` if its first prediction is less likely than ``confidence``, from 0
+        to 1; :class:`~tinyserve.errors.UsageError` for other numbers. None leaves it as it is."""
+        if confidence is None:
             return self
-        below = self.predictions[0].probability < confidence
-        return dataclasses.replace(self, unknown=True) if below else self
+        if not 0 <= confidence <= 1:
+            raise UsageError(f"a confidence is from 0 to 1, not {confidence}")
+        unknown = bool(self.predictions) and self.predictions[0].probability < confidence
+        return self if unknown == self.unknown else dataclasses.replace(self, unknown=unknown)
 
 
 class Classifier:

@@ -22,6 +22,8 @@ def operating_point(card: ModelCard, target_precision: float) -> OperatingPoint:
     for point in points:
         if _surely(point) >= target_precision:
             return point
+    if not points:
+        raise UsageError("no held-out image was decided at any confidence")
     best = max(points, key=_surely)
     raise UsageError(
         f"no confidence reaches a precision of {100 * target_precision:g} %: the best, "

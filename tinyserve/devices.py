@@ -19,7 +19,10 @@ from typing import Any
 
 import onnxruntime as ort
 
-from tinyserve.errors import UsageError
+from tinyserve.errors import UsageError, check_at_least_one
+
+MOST_THREADS = 4096
+"""More are meant for something else, and ONNX Runtime fails on them in words of its own."""
 
 DEVICES = ("auto", "cpu", "cuda", "openvino", "tensorrt")
 
@@ -168,11 +171,19 @@ def default_threads() -> int:
     """
     wanted = os.environ.get("TINYSERVE_NUM_THREADS")
     if wanted:
-        if not wanted.isdecimal() or int(wanted) < 1:
-            raise UsageError(f"TINYSERVE_NUM_THREADS must be a whole number from 1, not {wanted!r}")
+        if not wanted.isdecimal():
+            raise UsageError(f"TINYSERVE_NUM_THREADS must be a whole number, not {wanted!r}")
+        check_threads("TINYSERVE_NUM_THREADS", int(wanted))
         return int(wanted)
     quota = cpu_quota()
     return usable_cores() if quota is None else max(1, min(usable_cores(), math.ceil(quota)))
+
+
+def check_threads(name: str, value: int | None) -> None:
+    """Raise :class:`UsageError` for what cannot be a number of threads; None is a default."""
+    check_at_least_one(name, value)
+    if value is not None and (value > MOST_THREADS or value != int(value)):
+        raise UsageError(f"{name} must be a whole number up to {MOST_THREADS:,}, not {value}")
 
 
 def usable_cores() -> int:

@@ -17,6 +17,7 @@ from tinyserve.devices import (
     CPU,
     CUDA,
     OPENVINO,
+    check_threads,
     cpu_flags,
     cuda_problem,
     default_threads,
@@ -30,7 +31,6 @@ from tinyserve.errors import (
     GateError,
     ModelFileError,
     TinyserveError,
-    check_at_least_one,
     first_line,
     last_line,
 )
@@ -94,8 +94,8 @@ class Engine:
         self_test: SelfTest = True,
     ) -> None:
         device = wanted_device(device)
-        check_at_least_one("streams", streams)
-        check_at_least_one("threads", threads)
+        check_threads("streams", streams)
+        check_threads("threads", threads)
         self.streams = streams
         self._threads = threads or default_threads()
         self.path = Path(path)

@@ -18,6 +18,9 @@ The message is one line that says what is wrong and, where that is known, what t
 an error into its words and its exit code once, at the top.
 """
 
+from functools import partial
+from typing import Any
+
 
 class TinyserveError(Exception):
     """Base of all; catch this to catch everything that tinyserve raises on purpose."""
@@ -56,6 +59,9 @@ class RequestError(TinyserveError):
         super().__init__(message)
         self.status = status
 
+    def __reduce__(self) -> tuple[Any, ...]:  # pickle would give __init__ the message alone
+        return type(self), (self.status, str(self))
+
 
 class BusyError(TinyserveError):
     """``retry_after``: in how many seconds it is worth another try."""
@@ -63,6 +69,9 @@ class BusyError(TinyserveError):
     def __init__(self, message: str, *, retry_after: int) -> None:
         super().__init__(message)
         self.retry_after = retry_after
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return partial(type(self), retry_after=self.retry_after), (str(self),)
 
 
 class GateError(TinyserveError):

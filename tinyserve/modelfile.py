@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tinyserve.errors import GateError, ModelFileError
+from tinyserve.errors import GateError, ModelFileError, os_reason
 from tinyserve.images import RESIZE_RULE
 
 FORMAT = 1
@@ -330,12 +330,19 @@ def read_document(
 
 
 def check_graph(path: Path, card: ModelCard) -> None:
-    """Raise :class:`GateError` unless the graph in a file is the one that its card describes."""
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        graph = memoryview(content)[: card.graph_bytes]
-        digest = hashlib.sha256(graph).hexdigest()
-        graph.release()
-        rest = content[card.graph_bytes :]
+    """Raise :class:`GateError` unless the graph in a file is the one that its card describes, and
+    :class:`ModelFileError` where the file cannot be read."""
+    try:
+        with (
+            path.open("rb") as file,
+            mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content,
+        ):
+            graph = memoryview(content)[: card.graph_bytes]
+            digest = hashlib.sha256(graph).hexdigest()
+            graph.release()
+            rest = content[card.graph_bytes :]
+    except OSError as error:
+        raise ModelFileError(f"cannot read {path}: {os_reason(error)}") from error
     # Behind the graph there is the card's field alone: others would be read as the graph's. Its
     # content begins where the length ends, which takes one to five bytes.
     alone = any(rest == _field(_METADATA_PROPS, rest[start:]) for start in range(2, 7))
@@ -396,7 +403,7 @@ def find_model(name: str | os.PathLike[str], precisions: Sequence[str] = PRECISI
     """
     if isinstance(name, os.PathLike) or name.endswith(".onnx") or os.sep in name:
         path = Path(name)
-        if not path.is_file():
+        if not os.path.isfile(path):  # not an error for names that no file can have
             raise ModelFileError(f"no such model file: {path}")
         return path
     models = installed_models()

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
+from weakref import WeakSet
 
 import numpy as np
 from numpy.typing import NDArray
@@ -51,11 +52,13 @@ class OpenVinoSession:
         # One more than run at once: it is there when another ends, before Python hears of that.
         for _ in range(streams + 1):
             self._requests.put(compiled.create_infer_request())
-        self._process = os.getpid() if streams > 1 else None
+        self._count, self._alone = streams + 1, streams == 1
+        self._lost = False
+        _SESSIONS.add(self)
 
     def run(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Probabilities; see :meth:`tinyserve.engine.Engine.run`."""
-        if self._process not in (None, os.getpid()):  # it would wait for them for ever
+        if self._lost:
             raise RuntimeError("its threads are not in this forked process; load the model here")
         request = self._requests.get()
         try:
@@ -63,6 +66,23 @@ class OpenVinoSession:
         finally:
             self._requests.put(request)
         return np.asarray(probabilities)
+
+    def after_fork(self) -> None:
+        """In the new process, where the threads are missing that streams beside the first have, and
+        any that were at work: to wait for them would last for ever."""
+        self._lost = not self._alone or self._requests.qsize() < self._count
+
+
+_SESSIONS: "WeakSet[OpenVinoSession]" = WeakSet()
+
+
+def _after_fork() -> None:
+    for session in list(_SESSIONS):
+        session.after_fork()
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 def _ports(ports: Iterable[Any]) -> list[Port]:

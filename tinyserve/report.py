@@ -91,7 +91,7 @@ class Tally:
             top5=self.correct_top5 / labelled if labelled else None,
             top5_ci95=wilson_interval(self.correct_top5, labelled) if labelled else None,
             seconds=seconds,
-            images_per_second=(self.inputs - kept) / seconds,
+            images_per_second=(self.inputs - kept) / seconds if seconds else 0.0,
             unknown=self.unknown,
             min_confidence=min_confidence,
             coverage=ok / self.inputs if min_confidence is not None and self.inputs else None,

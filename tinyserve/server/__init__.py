@@ -7,7 +7,7 @@ import gc
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tinyserve.errors import UsageError
+from tinyserve.errors import UsageError, check_at_least_one
 from tinyserve.modelfile import DEFAULT_MODEL
 
 LOG_FORMATS = ("text", "json")
@@ -53,6 +53,18 @@ class Settings:
     """Whether the demo page is at ``/``."""
     log_format: str = "text"
     limits: Limits = field(default_factory=Limits)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.models, str) or not self.models:
+            raise UsageError("models are one name or more, in a tuple")
+        if not 0 <= self.port <= 65535:
+            raise UsageError(f"port must be from 0 to 65535, not {self.port}")
+        check_at_least_one("max_batch_size", self.max_batch_size)
+        check_at_least_one("max_queue", self.max_queue)
+        if not self.max_delay_ms >= 0:
+            raise UsageError(f"max_delay_ms must be at least 0, not {self.max_delay_ms}")
+        if self.log_format not in LOG_FORMATS:
+            raise UsageError(f"log_format is one of {', '.join(LOG_FORMATS)}: {self.log_format!r}")
 
 
 def serve(settings: Settings) -> None:

@@ -27,7 +27,10 @@ _Handler = Callable[[Request, Exception], Awaitable[Response]]
 
 
 def build_app(service: Service, *, with_keys: bool = False) -> FastAPI:
-    """The application. A page for browsers can be mounted on what this returns."""
+    """The application. A page for browsers can be mounted on what this returns.
+
+    It answers while ``service.work()`` runs, for which whoever serves it sees.
+    """
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:

@@ -121,8 +121,11 @@ def _utf8(name: str) -> str:
 def _while_connected(request: Request) -> Iterator[None]:
     """Cancels what is inside when the client goes away, and raises ClientDisconnect instead."""
     task = asyncio.current_task()
-    gone: asyncio.Future[None] = request.scope[GONE]
+    gone: asyncio.Future[None] | None = request.scope.get(GONE)
     assert task is not None
+    if gone is None:  # of a server that is not ours
+        yield
+        return
     if gone.done():
         raise ClientDisconnect
     inside = True

@@ -209,7 +209,7 @@ def _binary(tensor: InputTensor, rest: memoryview) -> memoryview | None:
     if tensor.data is not None:
         raise _bad(f"{tensor.name}: data and binary_data_size exclude each other")
     if type(size) is not int or size != len(rest):
-        raise _bad(f"{tensor.name}: binary_data_size is {size}, but {len(rest)} bytes follow")
+        raise _bad(f"{tensor.name}: binary_data_size is {size!r}, but {len(rest)} bytes follow")
     return rest
 
 
@@ -222,6 +222,10 @@ def _pixels(tensor: InputTensor, binary: memoryview | None) -> Pixels:
     values = _numbers(tensor.data) if binary is None else np.frombuffer(binary, np.uint8)
     if math.prod(shape) != values.size:
         raise _bad(f"{INPUT_NAME}: {values.size} values for shape {shape}")
+    # Nested as they should be, or flat; of one image, with or without the list around it.
+    nested = (tuple(shape), tuple(shape[1:])) if shape[0] == 1 else (tuple(shape),)
+    if values.ndim > 1 and values.shape not in nested:
+        raise _bad(f"{INPUT_NAME}: data of shape {list(values.shape)}, not {shape}")
     return values.reshape(shape)
 
 
