@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tinyserve import Classifier
-from tinyserve.classifier import _batches, _key, _label_keys, _Pace, _ranks, likeliest
+from tinyserve.classifier import _batches, _key, _label_keys, _label_names, _Pace, _ranks, likeliest
 from tinyserve.dataset import Input, find_inputs
 from tinyserve.errors import BusyError, ImageError, ModelFileError, RequestError, UsageError
 from tinyserve.members import Member
@@ -206,6 +206,15 @@ def test_letters_match_however_they_are_composed():
 def test_a_name_that_two_classes_share_matches_neither():
     keys = _label_keys((Label("n1", "crane"), Label("n2", "crane"), Label("n3", "heron")))
     assert keys == {"n1": 0, "n2": 1, "n3": 2, "heron": 2}
+
+
+def test_names_that_differ_little_are_each_known_by_its_own(classifier, monkeypatch):
+    names = ("A", "a", "type-1", "type_1", "Dog")
+    labels = tuple(Label(None, name) for name in names)
+    monkeypatch.setattr(classifier, "_labels_by_name", _label_names(labels))
+    monkeypatch.setattr(classifier, "_labels_by_key", _label_keys(labels))
+    assert [classifier.label_index(name) for name in names] == [0, 1, 2, 3, 4]
+    assert [classifier.label_index(name) for name in ("type 1", "dog", "cat")] == [None, 4, None]
 
 
 def test_rank_follows_the_order_of_the_predictions():

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from tinyserve import kept
 from tinyserve.classifier import Classifier
 from tinyserve.cli import _parser, main
 from tinyserve.cli import classify as classify_command
@@ -305,6 +306,59 @@ def test_info_prints_the_card():
     text = tinyserve("info", "inception").stdout
     assert "uint8 [batch, 64, 64, 3]" in text
     assert f"{document['parameters']:,} parameters" in text
+
+
+@pytest.mark.parametrize("closed", ["<&- 2>&-", "<&- >&- 2>&-"])
+def test_what_libraries_say_on_a_closed_stderr_is_not_among_the_rows(samples, tmp_path, closed):
+    damaged = tmp_path / "damaged.tif"
+    with Image.open(samples / "goldfish" / "val_68.JPEG") as picture:
+        picture.convert("RGB").save(damaged, compression="tiff_lzw")
+    content = bytearray(damaged.read_bytes())
+    content[200:400] = bytes(200)  # of which libtiff complains, straight to descriptor 2
+    damaged.write_bytes(content)
+    output = tmp_path / "rows.jsonl"
+    command = [sys.executable, "-m", "tinyserve.cli", "classify", damaged, "-m", "inception"]
+    line = f"{shlex.join(map(str, [*command, '--device', 'cpu', '-o', output]))} {closed}"
+    assert subprocess.run(["bash", "-c", line], timeout=300, check=False).returncode == 3
+    (row,) = output.read_text().splitlines()
+    assert json.loads(row)["status"] == "error"
+
+
+def test_a_reader_of_a_named_output_that_leaves_is_an_error(samples, tmp_path):
+    os.mkfifo(tmp_path / "rows")
+    with subprocess.Popen(["head", "-c", "10", tmp_path / "rows"], stdout=subprocess.DEVNULL):
+        options = ("-m", "inception", "--device", "cpu", "-k", 200, "--format", "jsonl")
+        run = tinyserve("classify", samples, *options, "-o", tmp_path / "rows")
+    assert run.returncode == 1
+    assert_one_line_and_no_traceback(run)
+    assert f"cannot write {tmp_path / 'rows'}: Broken pipe" in run.stderr
+
+
+def test_paths_from_a_folder_that_is_gone_are_rows(samples, tmp_path):
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    paths = f"{samples / 'goldfish' / 'val_68.JPEG'}\nx.jpg\n"
+    command = (
+        f"cd {gone} && rmdir {gone} && {shlex.quote(sys.executable)} -m tinyserve.cli classify -"
+    )
+    run = subprocess.run(
+        ["bash", "-c", f"{command} -m {find_model('inception')} --device cpu --format jsonl"],
+        input=paths,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert run.returncode == 3, run.stderr
+    assert [json.loads(line)["status"] for line in run.stdout.splitlines()] == ["ok", "error"]
+
+
+def test_nothing_is_kept_without_a_home(monkeypatch):
+    for name, cache in (("HOME", "~"), ("XDG_CACHE_HOME", "relative")):
+        monkeypatch.setenv(name, cache)
+    assert kept.folder() == Path(os.devnull, "tinyserve")
+    assert kept.read("self-tests.json") == {}
+    with pytest.raises(OSError):
+        kept.add("self-tests.json", {"a": 1})
 
 
 def test_info_and_the_page_tell_where_weights_came_from(tmp_path):

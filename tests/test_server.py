@@ -206,6 +206,7 @@ REFUSED = [
     (415, "POST", "/classify", b"{}", JSON),
     (415, "POST", INFER, b"x", {"Content-Type": "image/jpeg"}),
     (415, "POST", INFER, b"x", {"Content-Encoding": "gzip"}),
+    (404, "POST", "/classify/", b"x", {}),
     (422, "POST", "/classify", b"no picture", {}),
     (422, "POST", "/classify", b"", {}),
 ]
@@ -317,6 +318,12 @@ def test_keys_open_everything_and_health_needs_none(goldfish, tmp_path):
         assert document["security"]
 
 
+@pytest.mark.parametrize("encoding", ["identity", "Identity", ""])
+def test_what_is_not_compressed_is_taken(server, goldfish, encoding):
+    headers = {"Content-Encoding": encoding}
+    assert server.post("/classify", content=goldfish, headers=headers).status_code == 200
+
+
 def test_all_addresses_are_those_of_ipv4_too():
     if not socket.has_dualstack_ipv6():
         pytest.skip("no IPv6 here")
@@ -340,6 +347,7 @@ def test_what_cannot_start_says_why(tmp_path):
         (UsageError, "port must be", {"port": 70000}),
         (UsageError, "max_queue must be", {"max_queue": 0}),
         (UsageError, "max_batch_size must be", {"max_batch_size": 0}),
+        (UsageError, "max_batch_size must be at most", {"max_batch_size": 99999999}),
         (UsageError, "max_delay_ms must be", {"max_delay_ms": -1.0}),
         (UsageError, "log_format is one of", {"log_format": "xml"}),
     ]:
@@ -794,6 +802,21 @@ def test_a_new_file_takes_over_and_a_bad_one_does_not(model_file, goldfish, capl
         model_file.unlink()
         replace(model_file, find_model("inception").read_bytes())
         until(lambda: architecture(server) == "inception")
+
+
+def test_a_file_that_may_be_read_later_takes_over_then(model_file, monkeypatch):
+    load = Engine.__init__
+
+    def refuse(*_, **__):  # root may read everything
+        raise ModelFileError("cannot be read")
+
+    with running(str(model_file)) as server:
+        monkeypatch.setattr(Engine, "__init__", refuse)
+        replace(model_file, find_model("baseline").read_bytes())
+        until(lambda: server.metric("tinyserve_reloads_total", result="refused") == 1)
+        monkeypatch.setattr(Engine, "__init__", load)
+        model_file.chmod(0o644)
+        until(lambda: architecture(server) == "baseline")
 
 
 def test_a_file_that_is_replaced_while_it_is_loaded_takes_over(model_file, monkeypatch):

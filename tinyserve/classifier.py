@@ -5,7 +5,7 @@ import functools
 import os
 import time
 import unicodedata
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -113,6 +113,7 @@ class Classifier:
         )
         if precision not in ("auto", self.card.precision):  # of a path
             raise UsageError(f"{path} is of {self.card.precision}, not {precision}")
+        self._labels_by_name = _label_names(self.card.labels)
         self._labels_by_key = _label_keys(self.card.labels)
 
     @property
@@ -226,7 +227,10 @@ class Classifier:
 
     def label_index(self, label: str | None) -> int | None:
         """The class that a label, a name or WordNet id, stands for; None where it is none."""
-        return None if label is None else self._labels_by_key.get(_key(label))
+        if label is None:
+            return None
+        index = self._labels_by_name.get(_composed(label))
+        return self._labels_by_key.get(_key(label)) if index is None else index
 
 
 def likeliest(
@@ -323,7 +327,19 @@ def _ranks(rows: NDArray[np.float32], indices: Sequence[int | None]) -> Iterator
 def _key(label: str) -> str:
     """Folder names and class names that differ only in case, separators, and how their letters are
     composed, which macOS changes, are the same."""
-    return unicodedata.normalize("NFC", label).lower().replace("_", " ").replace("-", " ")
+    return _composed(label).lower().replace("_", " ").replace("-", " ")
+
+
+def _composed(label: str) -> str:
+    return unicodedata.normalize("NFC", label)
+
+
+def _label_names(labels: tuple[Label, ...]) -> dict[str, int]:
+    """Index of each label by its very name, where no other has it: of classes whose names differ
+    in case alone, each is known by its own."""
+    names = [_composed(label.name) for label in labels]
+    count = Counter(names)
+    return {name: index for index, name in enumerate(names) if count[name] == 1}
 
 
 def _label_keys(labels: tuple[Label, ...]) -> dict[str, int]:

@@ -280,7 +280,11 @@ def _annotations_of(path: str, _version: str) -> dict[str, str]:
 
 def with_label(path: str, annotations_in: _AnnotationsIn = _annotations_beside) -> Input:
     """An image file, with the label that its place says."""
-    return Input(path, _label(os.path.abspath(path), annotations_in))
+    try:
+        place = os.path.abspath(path)
+    except OSError:  # the folder that we are in was removed
+        place = path
+    return Input(path, _label(place, annotations_in))
 
 
 def _label(path: str, annotations_in: _AnnotationsIn) -> str | None:

@@ -18,8 +18,7 @@ The message is one line that says what is wrong and, where that is known, what t
 an error into its words and its exit code once, at the top.
 """
 
-from functools import partial
-from typing import Any
+import functools
 
 
 class TinyserveError(Exception):
@@ -59,7 +58,7 @@ class RequestError(TinyserveError):
         super().__init__(message)
         self.status = status
 
-    def __reduce__(self) -> tuple[Any, ...]:  # pickle would give __init__ the message alone
+    def __reduce__(self) -> tuple[object, ...]:  # pickle would give __init__ the message alone
         return type(self), (self.status, str(self))
 
 
@@ -70,8 +69,8 @@ class BusyError(TinyserveError):
         super().__init__(message)
         self.retry_after = retry_after
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return partial(type(self), retry_after=self.retry_after), (str(self),)
+    def __reduce__(self) -> tuple[object, ...]:
+        return functools.partial(type(self), retry_after=self.retry_after), (str(self),)
 
 
 class GateError(TinyserveError):

@@ -8,9 +8,13 @@ from typing import Any
 
 
 def folder() -> Path:
-    """``tinyserve/`` in ``$XDG_CACHE_HOME`` or ``~/.cache``; it need not exist."""
-    cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    return Path(cache, "tinyserve")
+    """``tinyserve/`` in ``$XDG_CACHE_HOME`` or ``~/.cache``; it need not exist, and cannot where
+    there is neither."""
+    home = os.path.expanduser("~")
+    for cache in (os.environ.get("XDG_CACHE_HOME", ""), os.path.join(home, ".cache")):
+        if os.path.isabs(cache):
+            return Path(cache, "tinyserve")
+    return Path(os.devnull, "tinyserve")
 
 
 def read(name: str) -> dict[str, Any]:

@@ -216,9 +216,9 @@ def _from_cells(cells: list[str]) -> dict[str, Any]:
 def _as_output_error(output: str | None) -> Iterator[None]:
     try:
         yield
-    except BrokenPipeError:
-        raise
     except OSError as error:
+        if isinstance(error, BrokenPipeError) and output is None:
+            raise  # of stdout, which is nobody's fault
         raise OutputError(f"cannot write {output or 'to stdout'}: {os_reason(error)}") from error
 
 

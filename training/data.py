@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from tinyserve import images, kept
-from tinyserve.dataset import ANNOTATIONS, no_images, read_annotations, walk_images
+from tinyserve.dataset import ANNOTATIONS, no_images, read_annotations, walk_images, with_label
 from tinyserve.errors import DataError, ImageError, os_reason
 from tinyserve.files import candidate
 from tinyserve.images import is_image_name
@@ -142,6 +142,7 @@ def load(root: Path, *, image_size: int = 64, skip_bad: bool = False, holdout: i
     has_val = (root / "val").is_dir() and not holdout
     _note_others([*(train_folder / name for name in names), *([root / "val"] if has_val else [])])
     _note_loose(train_folder)
+    _note_deep(train_files, names)
     train, train_files = _decode_split(root, "train", train_files, image_size, skip_bad=skip_bad)
 
     val_files: list[tuple[str, int]] = []
@@ -157,8 +158,19 @@ def load(root: Path, *, image_size: int = 64, skip_bad: bool = False, holdout: i
         val = Split(train.images[held_out], train.labels[held_out])
         why = "" if holdout else f"{root} has no val/: "
         note(f"{why}{len(val):,} of {len(train):,} training images are held out for validation")
+        if not holdout:
+            _note_other_splits(root)
         rest = np.setdiff1d(np.arange(len(train)), held_out)
+        _note_classes(
+            "classes of which all images are held out, so that they are not learnt",
+            names,
+            val.labels,
+            train.labels[rest],
+        )
         _warn_of_duplicates((train.images[place] for place in rest), val)
+    if not holdout:
+        trained = np.delete(train.labels, held_out)
+        _note_classes("classes without validation images", names, trained, val.labels)
     return Dataset(
         name=root.absolute().name,
         root=root,
@@ -199,6 +211,43 @@ def _note_loose(folder: Path) -> None:
     if count:
         what = "1 image is" if count == 1 else f"{count:,} images are"
         note(f"{what} in no class folder but in {folder} itself, and left out")
+
+
+def _note_deep(files: Iterable[tuple[str, int]], names: list[str]) -> None:
+    """Say of how many images the label will not be found when they are classified."""
+    folders: dict[tuple[str, int], int] = {}
+    for path, label in files:
+        folder = os.path.dirname(path), label
+        folders[folder] = folders.get(folder, 0) + 1
+    count = sum(
+        images
+        for (folder, label), images in folders.items()
+        if with_label(os.path.join(folder, "1.jpg")).label != names[label]
+    )
+    if count:
+        what = "1 image lies" if count == 1 else f"{count:,} images lie"
+        note(
+            f"{what} in folders inside of the class folders: they count here, but tinyserve "
+            "classify takes the folder directly above an image for its label"
+        )
+
+
+def _note_other_splits(root: Path) -> None:
+    """Say what may be meant for a validation split, where there is none of that name."""
+    if found := [
+        entry.name
+        for entry in sorted(root.iterdir())
+        if entry.name.lower() in _SPLITS - {"train", "val"} and entry.is_dir()
+    ]:
+        note(f"not read: {_some([f'{name}/' for name in found])}; name a validation split val/")
+
+
+def _note_classes(
+    what: str, names: list[str], of: NDArray[np.int64], without: NDArray[np.int64]
+) -> None:
+    """Say which classes that have images among ``of`` have none among ``without``."""
+    if missing := np.setdiff1d(of, without).tolist():
+        note(f"{what}: {_some([names[label] for label in missing])}")
 
 
 def _evenly(labels: NDArray[np.int64], count: int) -> NDArray[np.int64]:

@@ -74,9 +74,9 @@ class Run:
         self.folder = folder
         self._writes = workers.first
         self._drawn = -math.inf
-        self._identity = {
-            "config": json.loads(json.dumps(dataclasses.asdict(config))),
+        self._identity = {  # the data first: of few, the size of a batch is the number of images
             "dataset": {"name": dataset.name, "fingerprint": dataset.fingerprint},
+            "config": json.loads(json.dumps(dataclasses.asdict(config))),
         }
         path = folder / checkpoint.CHECKPOINT
         killed_early = (folder / CONFIG).exists() and not path.exists()
@@ -142,6 +142,13 @@ class Run:
     def _check_identity(self, saved: dict[str, Any]) -> None:
         for part, now in self._identity.items():
             differing = _differences(saved.get(part, {}), now)
+            if part == "dataset" and [name.partition(" ")[0] for name in differing] == [
+                "fingerprint"
+            ]:
+                raise UsageError(
+                    f"cannot resume {self.folder}: the images in {now['name']} are not those that "
+                    "it began with: some were added, removed, renamed or changed"
+                )
             if differing:
                 raise UsageError(
                     f"cannot resume {self.folder} with another {part}: {'; '.join(differing)}"

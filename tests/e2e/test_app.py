@@ -24,6 +24,7 @@ from demo_page import (
     START_SECONDS,
     Server,
     expected,
+    free_port,
     noise,
     on_this_machine,
     save,
@@ -405,6 +406,42 @@ def test_starts_where_a_proxy_is_set_up(tmp_path: Path) -> None:
     variables = {"http_proxy": nowhere, "HTTP_PROXY": nowhere, "no_proxy": "intranet.example"}
     with started("app.py", tmp_path, **variables) as server:
         assert server.start_errors == ""
+
+
+@pytest.mark.slow
+def test_starts_with_next_to_nothing(tmp_path: Path) -> None:
+    if not socket.has_dualstack_ipv6():
+        pytest.skip("no IPv6 here")
+    port = free_port()
+    app = Path(__file__).parents[2] / "app.py"
+    command = f"exec {sys.executable} {app} --host ::1 --port {port} --model inception >&-"
+    errors = tmp_path / "errors"
+    with errors.open("w") as stderr:
+        process = subprocess.Popen(
+            ["/bin/bash", "-c", command],
+            env={"HOME": str(tmp_path), "TINYSERVE_DEVICE": "cpu"},
+            cwd=app.parent,
+            stderr=stderr,
+        )
+    try:
+
+        def answers() -> bool:
+            assert process.poll() is None, errors.read_text()
+            connection = http.client.HTTPConnection("::1", port, timeout=10)
+            try:
+                connection.request("GET", "/")
+                return connection.getresponse().status == 200
+            except OSError:
+                return False
+            finally:
+                connection.close()
+
+        wait_for(answers)
+    finally:
+        process.terminate()
+        process.wait(timeout=60)
+    assert errors.read_text() == ""
+    assert process.returncode == 0
 
 
 def test_start_is_quiet(server: Server) -> None:

@@ -117,7 +117,8 @@ def test_bare_class_folders_are_a_data_set_too(bare, capsys):
     assert np.array_equal(dataset.train.images[6], images.load(bare / "jade" / "1.jpg", size=64))
     assert len(dataset.val) == 2
     assert capsys.readouterr().err.splitlines() == [
-        f"note: {bare} has no val/: 2 of 15 training images are held out for validation"
+        f"note: {bare} has no val/: 2 of 15 training images are held out for validation",
+        "note: classes without validation images: violet",
     ]
 
 
@@ -237,9 +238,9 @@ def test_so_many_as_asked_for_are_held_out_evenly(photos, count, capsys):
     shares = np.bincount(dataset.val.labels, minlength=3)
     assert shares.max() - shares.min() <= 1
     assert len(dataset.train) == 27
-    assert capsys.readouterr().err == (
-        f"note: {count} of 27 training images are held out for validation\n"
-    )
+    first, *lost = capsys.readouterr().err.splitlines()
+    assert first == f"note: {count} of 27 training images are held out for validation"
+    assert len(lost) == (count == 26)  # of a class all are
 
 
 def test_large_classes_give_more_than_small_ones(bare, make_picture):
@@ -307,10 +308,39 @@ def test_without_val_a_tenth_is_held_out_rounded_up(
             make_picture(folders / "train" / name / f"{i}.jpg", (9, 9, 9), 10 * number + i)
     dataset = data.load(folders)
     assert len(dataset.val) == held_out
-    assert capsys.readouterr().err.splitlines() == [
+    said = capsys.readouterr().err.splitlines()
+    assert said[0] == (
         f"note: {folders} has no val/: {held_out} of {3 * pictures} training images "
         "are held out for validation"
-    ]
+    )
+    lost = "note: classes of which all images are held out, so that they are not learnt: "
+    assert [line.startswith(lost) for line in said[1:]] == (
+        [True, False] if pictures == 1 else [False]
+    )
+
+
+def test_another_name_for_val_is_said(folders, capsys):
+    (folders / "val").rename(folders / "valid")
+    (folders / "test").mkdir()
+    data.load(folders)
+    assert (
+        "note: not read: test/, valid/; name a validation split val/\n" in capsys.readouterr().err
+    )
+
+
+def test_images_whose_label_classify_will_not_find_are_said(folders, make_picture, capsys):
+    words = "in folders inside of the class folders"
+    make_picture(folders / "train" / "jade" / "images" / "9.jpg", (9, 9, 9), 1)  # as Tiny ImageNet
+    data.load(folders)
+    assert words not in capsys.readouterr().err
+    make_picture(folders / "train" / "jade" / "2020" / "9.jpg", (9, 9, 9), 2)
+    make_picture(folders / "train" / "jade" / "amber" / "9.jpg", (9, 9, 9), 3)
+    data.load(folders)
+    assert f"note: 2 images lie {words}" in capsys.readouterr().err
+    (folders / "train" / "amber").rename(folders / "train" / "images")
+    (folders / "val" / "amber").rename(folders / "val" / "images")
+    data.load(folders)
+    assert f"note: 4 images lie {words}" in capsys.readouterr().err
 
 
 def test_a_split_that_is_there_is_not_looked_at_where_images_are_held_out(folders, make_picture):

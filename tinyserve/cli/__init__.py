@@ -11,11 +11,11 @@ few of its uses need inside its functions.
 import argparse
 import importlib
 import logging
-import os
 import sys
 from collections.abc import Sequence
 
 import tinyserve
+from tinyserve import streams
 from tinyserve.errors import TinyserveError, describe_os_error
 
 _COMMANDS = {
@@ -47,14 +47,8 @@ Environment:
 
 def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
+    streams.prepare()
     logging.basicConfig(format="tinyserve: %(message)s", level=logging.WARNING, force=True)
-    # Closed before the start, by >&-, a stream is None; these are for as long as the process.
-    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
-    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
-    for stream in (sys.stdout, sys.stderr):
-        # File names need not be valid in the terminal's encoding, and printing must not fail.
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
     try:
         arguments = _parser(*argv[:1]).parse_args(argv)
         code: int = arguments.command(arguments)
@@ -72,15 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("tinyserve: interrupted", file=sys.stderr)
         return 130
     finally:
-        _let_go_of_stdout()
-
-
-def _let_go_of_stdout() -> None:
-    """What could not be written must not fail once more, and aloud, when Python closes stdout."""
-    try:
-        sys.stdout.flush()
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        streams.let_go_of_stdout()
 
 
 class _Version(argparse.Action):

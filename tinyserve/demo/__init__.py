@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Sequence
 
+from tinyserve import streams
 from tinyserve.cli.arguments import add_device, port
 from tinyserve.demo.answers import device, loader
 from tinyserve.demo.page import build_page, options
@@ -24,6 +25,7 @@ __all__ = ["build_page", "loader", "main", "options"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    streams.prepare()
     arguments = _parser().parse_args(argv)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
     try:
@@ -33,6 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return error.exit_code
     except KeyboardInterrupt:
         pass
+    finally:
+        streams.let_go_of_stdout()
     return 0
 
 
@@ -50,7 +54,7 @@ def serve(host: str, port: int, model: str, device_wanted: str | None) -> None:
     _keep_from_proxies(host)
     try:
         _, url, _ = page.launch(
-            server_name=host,
+            server_name=f"[{host}]" if ":" in host and host[0] != "[" else host,
             server_port=port,
             share=False,
             quiet=True,
@@ -62,7 +66,7 @@ def serve(host: str, port: int, model: str, device_wanted: str | None) -> None:
             f"cannot listen on {host} port {port}: is the port taken, or the address not this "
             "machine's?"
         ) from error
-    print(f"{url}\n{model} on {runs_on}", flush=True)
+    streams.announce(url, f"{model} on {runs_on}")
     try:
         while True:
             time.sleep(3600)

@@ -85,6 +85,7 @@ def options() -> dict[str, Any]:
 def _prepare_gradio() -> None:
     """Before it is imported: no telemetry, our own uploads. After: no fetching of addresses."""
     os.environ.update(_ENVIRONMENT)
+    os.environ.setdefault("PATH", os.defpath)  # which Gradio looks through for programs
     if "gradio" not in sys.modules:  # or it would no longer find what it has put elsewhere
         _keep_uploads_apart()
     try:

@@ -7,10 +7,13 @@ import gc
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tinyserve import streams
 from tinyserve.errors import UsageError, check_at_least_one
 from tinyserve.modelfile import DEFAULT_MODEL
 
 LOG_FORMATS = ("text", "json")
+MOST_IN_A_BATCH = 4096
+"""Images. A batch of the largest size is computed at the start, and must find memory."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +63,8 @@ class Settings:
         if not 0 <= self.port <= 65535:
             raise UsageError(f"port must be from 0 to 65535, not {self.port}")
         check_at_least_one("max_batch_size", self.max_batch_size)
+        if self.max_batch_size > MOST_IN_A_BATCH:
+            raise UsageError(f"max_batch_size must be at most {MOST_IN_A_BATCH:,}")
         check_at_least_one("max_queue", self.max_queue)
         if not self.max_delay_ms >= 0:
             raise UsageError(f"max_delay_ms must be at least 0, not {self.max_delay_ms}")
@@ -82,7 +87,7 @@ def serve(settings: Settings) -> None:
     log.configure(settings.log_format)
     run.allow_many_connections()
     listener = run.Listener(settings)
-    print(*listener.lines(), sep="\n", flush=True)
+    streams.announce(*listener.lines())
     # What is loaded stays. To look through all of it for garbage, as happens every few thousand
     # requests otherwise, holds up those that are there.
     gc.collect()

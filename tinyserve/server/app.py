@@ -43,6 +43,7 @@ def build_app(service: Service, *, with_keys: bool = False) -> FastAPI:
         description="Small image classifiers, over the Open Inference Protocol V2 and for people.",
         docs_url=None,  # FastAPI's pages load their scripts from elsewhere
         redoc_url=None,
+        redirect_slashes=False,  # behind a proxy, to an address of http://
         lifespan=lifespan,
     )
     # A request is compared with one after the other: the busiest first.

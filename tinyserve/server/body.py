@@ -34,8 +34,8 @@ class Bodies:
         long, by its header or by counting, 415 for one that is compressed; and :class:`BusyError`
         where all that is held would become too much.
         """
-        encoding = request.headers.get("content-encoding", "identity")
-        if encoding != "identity":
+        encoding = request.headers.get("content-encoding", "").strip()
+        if encoding.lower() not in ("", "identity"):
             raise RequestError(415, f"content-encoding {encoding!r}: send it as it is")
         if int(request.headers.get("content-length", 0)) > self._limits.body_bytes:
             raise self._too_long()

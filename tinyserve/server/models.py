@@ -162,9 +162,10 @@ class _File:
         self._seen = identity
         return True
 
-    def _identity(self) -> tuple[int, int, int] | None:
+    def _identity(self) -> tuple[int, ...] | None:
         try:
             status = self.path.stat()
         except OSError:
             return None
-        return status.st_ino, status.st_mtime_ns, status.st_size
+        # The last changes with permissions, too: what could not be read may be readable now.
+        return status.st_ino, status.st_mtime_ns, status.st_size, status.st_ctime_ns
