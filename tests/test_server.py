@@ -2,12 +2,14 @@
 
 import asyncio
 import base64
+import contextlib
 import dataclasses
 import http.client
 import io
 import json
 import logging
 import re
+import shlex
 import shutil
 import socket
 import subprocess
@@ -322,6 +324,30 @@ def test_keys_open_everything_and_health_needs_none(goldfish, tmp_path):
 def test_what_is_not_compressed_is_taken(server, goldfish, encoding):
     headers = {"Content-Encoding": encoding}
     assert server.post("/classify", content=goldfish, headers=headers).status_code == 200
+
+
+@pytest.mark.slow
+def test_connections_that_find_no_descriptor_are_said_once_a_second():
+    command = [sys.executable, "-m", "tinyserve.cli", "serve", "-m", "inception", "--port", "0"]
+    line = f"ulimit -n 80; exec {shlex.join([*command, '--device', 'cpu'])}"
+    with subprocess.Popen(
+        ["bash", "-c", line], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            url = process.stdout.readline().strip()
+            port = int(url.rpartition(":")[2])
+            until(lambda: httpx.get(f"{url}/v2/health/ready").status_code == 200)
+            with contextlib.ExitStack() as stack:
+                for _ in range(120):
+                    stack.enter_context(socket.create_connection(("127.0.0.1", port)))
+                time.sleep(2.5)
+            until(lambda: httpx.get(f"{url}/v2/health/live").status_code == 200)
+        finally:
+            process.terminate()
+        said = process.stderr.read().splitlines()
+    lines = [line for line in said if "no more connections can be accepted: Too many" in line]
+    assert 1 <= len(lines) <= 5
+    assert not any("Traceback" in line for line in said)
 
 
 def test_all_addresses_are_those_of_ipv4_too():

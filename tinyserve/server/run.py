@@ -2,18 +2,21 @@
 
 import asyncio
 import contextlib
+import errno
 import ipaddress
 import logging
+import math
 import signal
 import socket
 import time
 from collections.abc import Iterator
 from types import FrameType
+from typing import Any
 
 import uvicorn
 
 from tinyserve.devices import device_name
-from tinyserve.errors import UsageError
+from tinyserve.errors import UsageError, os_reason
 from tinyserve.server import Settings
 from tinyserve.server.access import Access, read_keys
 from tinyserve.server.app import Shortcut, build_app
@@ -24,6 +27,7 @@ from tinyserve.server.service import Service
 logger = logging.getLogger("tinyserve")
 
 _BACKLOG = 2048
+_NO_ROOM = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 
 
 class Listener:
@@ -107,6 +111,7 @@ class _Server(uvicorn.Server):
             self.should_exit = True
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        asyncio.get_running_loop().set_exception_handler(_Refusals())
         await super().startup(sockets)
         self._work = asyncio.create_task(self._service.work())
 
@@ -124,11 +129,27 @@ class _Server(uvicorn.Server):
         await super().shutdown(sockets)
 
 
+class _Refusals:
+    """Says once a second that no connection can be accepted, where asyncio says it a thousand times
+    and with a traceback; what else goes wrong in the loop is said as ever."""
+
+    def __init__(self) -> None:
+        self._said = -math.inf
+
+    def __call__(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        error = context.get("exception")
+        if not isinstance(error, OSError) or error.errno not in _NO_ROOM:
+            loop.default_exception_handler(context)
+        elif loop.time() - self._said >= 1:
+            self._said = loop.time()
+            logger.error("no more connections can be accepted: %s", os_reason(error))
+
+
 def _bind(host: str, port: int) -> socket.socket:
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         return socket.create_server(
-            address[:2],
+            address,
             family=family,
             backlog=_BACKLOG,
             # "::" is every address, as it is to other servers.
