@@ -1,6 +1,8 @@
 import dataclasses
 import itertools
+import os
 import pickle
+import shutil
 import threading
 import unicodedata
 
@@ -206,6 +208,38 @@ def test_letters_match_however_they_are_composed():
 def test_a_name_that_two_classes_share_matches_neither():
     keys = _label_keys((Label("n1", "crane"), Label("n2", "crane"), Label("n3", "heron")))
     assert keys == {"n1": 0, "n2": 1, "n3": 2, "heron": 2}
+
+
+def test_the_nearest_folder_that_is_a_class_labels_an_image(classifier, samples, tmp_path):
+    photo = (samples / "goldfish" / "val_68.JPEG").read_bytes()
+    places = {
+        "goldfish/2020/holiday": "goldfish",
+        "goldfish/tabby/2021": "tabby",
+        "elsewhere": None,
+        "goldfish/images": "goldfish",
+    }
+    for place in places:
+        (tmp_path / "teapot" / "x" / place).mkdir(parents=True, exist_ok=True)
+        (tmp_path / "teapot" / "x" / place / "1.jpg").write_bytes(photo)
+    (tmp_path / "teapot" / "1.jpg").write_bytes(photo)
+
+    def found(path, below):
+        items = list(find_inputs([path]))
+        names = {}
+        for item in items:
+            index = classifier.class_of(item)
+            place = os.path.dirname(item.path).removeprefix(below).strip("/")
+            names[place] = None if index is None else classifier.card.labels[index].name
+        return names
+
+    root = tmp_path / "teapot" / "x"
+    assert found(str(root), str(root)) == places
+    archive = shutil.make_archive(str(tmp_path / "a"), "zip", root)
+    assert found(archive, archive) == places
+    assert found(root.as_uri(), root.as_uri()) == places
+    # What lies above the folder that is named is no label.
+    named = found(str(tmp_path / "teapot"), str(tmp_path / "teapot"))
+    assert (named[""], named["x/elsewhere"]) == ("teapot", "teapot")
 
 
 def test_names_that_differ_little_are_each_known_by_its_own(classifier, monkeypatch):

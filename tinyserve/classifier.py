@@ -205,7 +205,7 @@ class Classifier:
         rows = (
             self.engine.run(pixels[:good]) if good else np.empty((0, len(labels)), dtype=np.float32)
         )
-        indices = [self.label_index(item.label) for item in batch]
+        indices = [self.class_of(item) for item in batch]
         predictions = iter(likeliest(rows, labels, k))
         ranks = _ranks(rows, [i for i, error in zip(indices, errors, strict=True) if not error])
         return [
@@ -224,6 +224,14 @@ class Classifier:
         """The ``k`` likeliest classes, best first, in a row of probabilities, float32
         ``[classes]``."""
         return likeliest(row[None], self.card.labels, k)[0]
+
+    def class_of(self, item: Input) -> int | None:
+        """The class that an input shows, as its label says, or the nearest folder that is one."""
+        index = self.label_index(item.label)
+        for folder in item.folders if index is None else ():
+            if (index := self.label_index(folder)) is not None:
+                break
+        return index
 
     def label_index(self, label: str | None) -> int | None:
         """The class that a label, a name or WordNet id, stands for; None where it is none."""

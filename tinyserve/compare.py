@@ -60,7 +60,7 @@ def compare(
         raise UsageError("the two models know different classes")
     models = (a, b)
     sizes = {model.card.image_size for model in models}
-    labelled = [(item, a.label_index(item.label)) for item in inputs]
+    labelled = [(item, a.class_of(item)) for item in inputs]
     known = [(item, a.card.labels[index]) for item, index in labelled if index is not None]
     right: list[list[bool]] = [[], []]
     seconds: list[list[float]] = [[], []]

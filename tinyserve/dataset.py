@@ -44,6 +44,10 @@ class Input:
     is a class of the model is for the model to decide."""
     member: Member | None = None
     """Of an archive; None for a file of its own."""
+    folders: tuple[str, ...] = ()
+    """Where the label is a folder's name, those of the folders that it lies in, the nearest first,
+    up to the one that the user named: where the label is no class of the model, the first of these
+    that is."""
 
     def read(self) -> bytes:
         """The image file; :class:`~tinyserve.errors.ImageError` where it cannot be read."""
@@ -109,7 +113,7 @@ def _below(path: str, labelled: Callable[[str], Input], *, alone: bool) -> Itera
     if is_remote(path):
         return _not_empty(_remote(path), f"no images in {path}")
     if os.path.isdir(path):
-        return _not_empty(map(labelled, walk_images(path)), no_images(path))
+        return _not_empty(_walked(path, labelled), no_images(path))
     if is_archive(path):
         found = _not_empty(_archived(path), f"no images in {path}")
         # Of many, each would be open, with its table of contents, until it is its turn.
@@ -146,7 +150,7 @@ def _matched(paths: Sequence[str], labelled: Callable[[str], Input]) -> Iterator
         if above in folders:
             continue
         if bare in folders:
-            yield from map(labelled, walk_images(path))
+            yield from _walked(path, labelled)
         elif is_image_name(path):
             yield labelled(path)
 
@@ -157,7 +161,7 @@ def _listed(lines: Iterable[bytes], labelled: Callable[[str], Input]) -> Iterato
     for line in lines:
         path = os.fsdecode(line.rstrip(b"\r\n"))
         if os.path.isdir(path):
-            yield from map(labelled, walk_images(path))
+            yield from _walked(path, labelled)
         elif is_archive(path) or is_remote(path):
             try:
                 yield from _archived(path) if is_archive(path) else _remote(path)
@@ -188,8 +192,12 @@ def _archived(path: str) -> Iterator[Input]:
             yield Input(path, None, member)
             continue
         # Some zip files are written with Windows' separators.
-        label = member.label or _label(member.name.replace("\\", "/"), annotations)
-        yield Input(f"{path}/{member.name}", label, member)
+        name = member.name.replace("\\", "/")
+        label: str | None = member.label
+        folders: tuple[str, ...] = ()
+        if label is None:
+            label, folders = _label(name, annotations, "")
+        yield Input(f"{path}/{member.name}", label, member, folders)
 
 
 def _remote(uri: str) -> Iterator[Input]:
@@ -200,8 +208,10 @@ def _remote(uri: str) -> Iterator[Input]:
         text = remote.read_text(uri, f"{folder}/{ANNOTATIONS}")
         return None if text is None else _parse_annotations(text, uri)
 
+    root = remote.path_of(uri)
     for member in sorted(remote.members(uri), key=lambda member: _natural_key(member.name)):
-        yield Input(remote.uri_of(member.name, uri), _label(member.name, annotations), member)
+        label, folders = _label(member.name, annotations, None if member.name == root else root)
+        yield Input(remote.uri_of(member.name, uri), label, member, folders)
 
 
 def walk_images(folder: str | os.PathLike[str]) -> Iterator[str]:
@@ -278,24 +288,56 @@ def _annotations_of(path: str, _version: str) -> dict[str, str]:
     return read_annotations(path)
 
 
-def with_label(path: str, annotations_in: _AnnotationsIn = _annotations_beside) -> Input:
-    """An image file, with the label that its place says."""
+def _walked(root: str, labelled: Callable[..., Input]) -> Iterator[Input]:
+    above = _absolute(root)
+    return (labelled(path, root=above) for path in walk_images(root))
+
+
+def with_label(
+    path: str,
+    annotations_in: _AnnotationsIn = _annotations_beside,
+    *,
+    root: str | None = None,
+) -> Input:
+    """An image file, with the label that its place says, below ``root``, an absolute path."""
+    label, folders = _label(_absolute(path), annotations_in, root)
+    return Input(path, label, None, folders)
+
+
+def _absolute(path: str) -> str:
     try:
-        place = os.path.abspath(path)
+        return os.path.abspath(path)
     except OSError:  # the folder that we are in was removed
-        place = path
-    return Input(path, _label(place, annotations_in))
+        return path
 
 
-def _label(path: str, annotations_in: _AnnotationsIn) -> str | None:
+def _label(
+    path: str, annotations_in: _AnnotationsIn, root: str | None = None
+) -> tuple[str | None, tuple[str, ...]]:
+    """:attr:`Input.label` and :attr:`Input.folders`, the latter where there is a ``root``."""
     folder, name = os.path.split(path)
+    folders = () if root is None else _folders(folder, root)
     if os.path.basename(folder) == _IMAGES_FOLDER:
         folder = os.path.dirname(folder)
         annotations = annotations_in(folder)
         if annotations is not None:
-            return annotations.get(name)
+            return annotations.get(name), ()
     # The same object for all images of a class.
-    return sys.intern(os.path.basename(folder)) or None
+    return sys.intern(os.path.basename(folder)) or None, folders
+
+
+@functools.lru_cache(maxsize=1024)
+def _folders(folder: str, root: str) -> tuple[str, ...]:
+    """The names of a folder and of those above it up to ``root``."""
+    names: list[str] = []
+    while True:
+        folder_above, name = os.path.split(folder)
+        if not name:
+            return tuple(names)
+        names.append(name)
+        if folder == root:
+            return tuple(names)
+        folder = folder_above
 
 
 def _natural_key(name: str) -> str:

@@ -36,6 +36,11 @@ def members(uri: str) -> list[Member]:
     return [Member(path, None, partial(_read, filesystem, path)) for path in found]
 
 
+def path_of(uri: str) -> str:
+    """Inside the file system, as members' names are."""
+    return _file_system(uri)[1].rstrip("/")
+
+
 def uri_of(name: str, uri: str) -> str:
     """That of the member of such a name among those of ``uri``.
 

@@ -109,11 +109,13 @@ class Resumed:
         if not os.path.isfile(path):  # in an archive, the labels have the archive's time
             return True
         try:
-            label = with_label(path).label
+            now_labelled = with_label(path, root=os.path.abspath(os.sep))
         except DataError:  # which is raised again if it is asked for
             return True
-        index_of = self._classifier.label_index
-        return index_of(label) == index_of(row["label"])
+        # Below which folder it was found, the row does not say: any that it lies in will do.
+        index_of, before = self._classifier.label_index, self._classifier.label_index(row["label"])
+        found = map(index_of, (now_labelled.label, *now_labelled.folders))
+        return before in found if now_labelled.folders else before == next(found)
 
     def _result(self, row: dict[str, Any]) -> Result:
         index = self._classifier.label_index(row["label"])

@@ -70,7 +70,7 @@ def replay(
     evidence = _evidence_for(card.evidence, provider)
     if evidence is None:
         raise UsageError("the file carries no accuracy to verify; leave out --data")
-    labelled = sum(classifier.label_index(item.label) is not None for item in inputs)
+    labelled = sum(classifier.class_of(item) is not None for item in inputs)
     if labelled != evidence.val_images:
         rest = ": name the validation split that it was measured on"
         if card.training is not None and card.training.dataset.endswith(HELD_OUT):

@@ -142,7 +142,7 @@ def load(root: Path, *, image_size: int = 64, skip_bad: bool = False, holdout: i
     has_val = (root / "val").is_dir() and not holdout
     _note_others([*(train_folder / name for name in names), *([root / "val"] if has_val else [])])
     _note_loose(train_folder)
-    _note_deep(train_files, names)
+    _note_deep(train_folder, train_files, names)
     train, train_files = _decode_split(root, "train", train_files, image_size, skip_bad=skip_bad)
 
     val_files: list[tuple[str, int]] = []
@@ -213,22 +213,26 @@ def _note_loose(folder: Path) -> None:
         note(f"{what} in no class folder but in {folder} itself, and left out")
 
 
-def _note_deep(files: Iterable[tuple[str, int]], names: list[str]) -> None:
-    """Say of how many images the label will not be found when they are classified."""
+def _note_deep(root: Path, files: Iterable[tuple[str, int]], names: list[str]) -> None:
+    """Say how many images will have another label when they are classified."""
+    known = set(names)
+
+    def served(folder: str) -> str | None:
+        item = with_label(os.path.join(folder, "1.jpg"), root=os.path.abspath(root))
+        return next((name for name in (item.label, *item.folders) if name in known), None)
+
     folders: dict[tuple[str, int], int] = {}
     for path, label in files:
         folder = os.path.dirname(path), label
         folders[folder] = folders.get(folder, 0) + 1
     count = sum(
-        images
-        for (folder, label), images in folders.items()
-        if with_label(os.path.join(folder, "1.jpg")).label != names[label]
+        images for (folder, label), images in folders.items() if served(folder) != names[label]
     )
     if count:
         what = "1 image lies" if count == 1 else f"{count:,} images lie"
         note(
-            f"{what} in folders inside of the class folders: they count here, but tinyserve "
-            "classify takes the folder directly above an image for its label"
+            f"{what} inside of class folders in folders named as another class: tinyserve classify "
+            "takes them for that, the nearest"
         )
 
 

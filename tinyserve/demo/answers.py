@@ -176,6 +176,7 @@ def _inputs(path: Path, root: Path) -> Iterator[Input]:
     try:
         for found in find_inputs([str(path)]):
             name = found.path.removeprefix(f"{root}{os.sep}")
-            yield _NamedInput(name, found.label, Member(name, None, found.read))
+            member = Member(name, None, found.read)
+            yield _NamedInput(name, found.label, member, found.folders)
     except DataError as error:
         raise DataError(str(error).replace(f"{root}{os.sep}", "")) from error
