@@ -74,9 +74,9 @@ class Run:
         self.folder = folder
         self._writes = workers.first
         self._drawn = -math.inf
-        self._identity = {  # the data first: of few, the size of a batch is the number of images
-            "dataset": {"name": dataset.name, "fingerprint": dataset.fingerprint},
+        self._identity = {
             "config": json.loads(json.dumps(dataclasses.asdict(config))),
+            "dataset": {"name": dataset.name, "fingerprint": dataset.fingerprint},
         }
         path = folder / checkpoint.CHECKPOINT
         killed_early = (folder / CONFIG).exists() and not path.exists()
@@ -140,19 +140,27 @@ class Run:
                 partial.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
 
     def _check_identity(self, saved: dict[str, Any]) -> None:
-        for part, now in self._identity.items():
-            differing = _differences(saved.get(part, {}), now)
-            if part == "dataset" and [name.partition(" ")[0] for name in differing] == [
-                "fingerprint"
-            ]:
+        config, dataset = (
+            _differences(saved.get(part, {}), now) for part, now in self._identity.items()
+        )
+        if dataset:  # of few images, a batch has all that there are
+            config = [words for words in config if not words.startswith(_OF_THE_DATA)]
+        for part, differing in (("config", config), ("dataset", dataset)):
+            if not differing:
+                continue
+            if [words.partition(" ")[0] for words in differing] == ["fingerprint"]:
                 raise UsageError(
-                    f"cannot resume {self.folder}: the images in {now['name']} are not those that "
-                    "it began with: some were added, removed, renamed or changed"
+                    f"cannot resume {self.folder}: the images in "
+                    f"{self._identity['dataset']['name']} are not those that it began with: some "
+                    "were added, removed, renamed or changed"
                 )
-            if differing:
-                raise UsageError(
-                    f"cannot resume {self.folder} with another {part}: {'; '.join(differing)}"
-                )
+            raise UsageError(
+                f"cannot resume {self.folder} with another {part}: {'; '.join(differing)}"
+            )
+
+
+_OF_THE_DATA = ("recipe.batch_size ", "recipe.lr ")
+"""How the differences between two configs begin that may come from the number of images."""
 
 
 @contextmanager

@@ -733,6 +733,16 @@ def test_a_network_for_larger_images_is_trained_and_exported(photos, tmp_path, c
     assert np.allclose(engine.run(pictures), expected, atol=1e-4)
 
 
+def test_another_picture_is_said_and_not_what_it_makes_of_a_batch(
+    bare, make_picture, tmp_path, capsys
+):
+    arguments = "--arch baseline --epochs 1 --time-limit 0"
+    assert fit_here(tmp_path / "run", bare, arguments) == 0
+    make_picture(bare / "jade" / "more.jpg", (9, 9, 9), 1)
+    assert fit_here(tmp_path / "run", bare, f"{arguments} --resume") == 2
+    assert "the images in bare are not those that it began with" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_bare_class_folders_are_enough_to_train(bare, tmp_path, capsys):
     run = tmp_path / "run"
