@@ -208,8 +208,8 @@ def _remote(uri: str) -> Iterator[Input]:
         text = remote.read_text(uri, f"{folder}/{ANNOTATIONS}")
         return None if text is None else _parse_annotations(text, uri)
 
-    root = remote.path_of(uri)
-    for member in sorted(remote.members(uri), key=lambda member: _natural_key(member.name)):
+    root, found = remote.members(uri)
+    for member in sorted(found, key=lambda member: _natural_key(member.name)):
         label, folders = _label(member.name, annotations, None if member.name == root else root)
         yield Input(remote.uri_of(member.name, uri), label, member, folders)
 

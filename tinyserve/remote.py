@@ -12,11 +12,11 @@ _OF_URIS = "%/:?#[]@!$&'()*+,;=~"
 """What means something in a URI and stays as it is."""
 
 
-def members(uri: str) -> list[Member]:
-    """The image behind a URI, or all anywhere below it.
+def members(uri: str) -> tuple[str, list[Member]]:
+    """The path of a URI, and the image behind it, or all anywhere below it.
 
-    Their names are paths inside the file system, ``bucket/folder/1.jpg``. The URI takes pyarrow's
-    options, as in ``s3://bucket/folder?region=eu-west-1``. Raises
+    It and their names are paths inside the file system, ``bucket/folder/1.jpg``. The URI takes
+    pyarrow's options, as in ``s3://bucket/folder?region=eu-west-1``. Raises
     :class:`~tinyserve.errors.DataError` where it cannot be listed or is an archive.
     """
     filesystem, root = _file_system(uri)
@@ -33,12 +33,9 @@ def members(uri: str) -> list[Member]:
         raise DataError(f"cannot list {uri}: {first_line(error)}") from error
     if alone and root.lower().endswith(SUFFIXES_OF_ARCHIVES):
         raise DataError(f"archives are read in place from disks alone: download {uri} first")
-    return [Member(path, None, partial(_read, filesystem, path)) for path in found]
-
-
-def path_of(uri: str) -> str:
-    """Inside the file system, as members' names are."""
-    return _file_system(uri)[1].rstrip("/")
+    return root.rstrip("/"), [
+        Member(path, None, partial(_read, filesystem, path)) for path in found
+    ]
 
 
 def uri_of(name: str, uri: str) -> str:
