@@ -227,11 +227,8 @@ class Classifier:
 
     def class_of(self, item: Input) -> int | None:
         """The class that an input shows, as its label says, or the nearest folder that is one."""
-        index = self.label_index(item.label)
-        for folder in item.folders if index is None else ():
-            if (index := self.label_index(folder)) is not None:
-                break
-        return index
+        found = map(self.label_index, item.possible_labels)
+        return next((index for index in found if index is not None), None)
 
     def label_index(self, label: str | None) -> int | None:
         """The class that a label, a name or WordNet id, stands for; None where it is none."""

@@ -49,6 +49,11 @@ class Input:
     up to the one that the user named: where the label is no class of the model, the first of these
     that is."""
 
+    @property
+    def possible_labels(self) -> tuple[str | None, ...]:
+        """The label and the folders: the first of them that is a class is what it shows."""
+        return self.label, *self.folders
+
     def read(self) -> bytes:
         """The image file; :class:`~tinyserve.errors.ImageError` where it cannot be read."""
         return images.read(self.path) if self.member is None else self.member.read()

@@ -114,8 +114,7 @@ class Resumed:
             return True
         # Below which folder it was found, the row does not say: any that it lies in will do.
         index_of, before = self._classifier.label_index, self._classifier.label_index(row["label"])
-        found = map(index_of, (now_labelled.label, *now_labelled.folders))
-        return before in found if now_labelled.folders else before == next(found)
+        return before in map(index_of, now_labelled.possible_labels)
 
     def _result(self, row: dict[str, Any]) -> Result:
         index = self._classifier.label_index(row["label"])

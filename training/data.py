@@ -219,7 +219,7 @@ def _note_deep(root: Path, files: Iterable[tuple[str, int]], names: list[str]) -
 
     def served(folder: str) -> str | None:
         item = with_label(os.path.join(folder, "1.jpg"), root=os.path.abspath(root))
-        return next((name for name in (item.label, *item.folders) if name in known), None)
+        return next((name for name in item.possible_labels if name in known), None)
 
     folders: dict[tuple[str, int], int] = {}
     for path, label in files:
